@@ -14,10 +14,12 @@ from torch import Tensor
 
 from fedloom import alignment
 from fedloom.adapters import Bottleneck, LoRA
-from fedloom.alignment import Coupling, Matching, Order, Rotation, Side, transport
+from fedloom.alignment import Matching, Side
 from fedloom.errors import AdapterError
 from fedloom.places import Place
 from fedloom.tensors import generator
+from fedloom.transport import Coupling, Order, carried, width
+from fedloom.transport import shuffled as at_random
 
 PLACE = Place("0.block", "block", 20, 20, 1)
 BOTTLENECK, LORA = Bottleneck(8, std=0.5), LoRA(6, start="normal")
@@ -32,7 +34,7 @@ def drawn(adapter: Any, seed: int, *key: object) -> dict[str, Tensor]:
 
 def shuffled(leaves: dict[str, Tensor], adapter: Any, seed: int) -> tuple[dict[str, Tensor], Tensor]:
     """The same function in another order, and the order, computed without the code under test."""
-    order = torch.randperm(alignment.width(leaves, adapter.symmetry), generator=generator("order", seed))
+    order = torch.randperm(width(leaves, adapter.symmetry), generator=generator("order", seed))
     moved = {}
     for leaf, tensor in leaves.items():
         axes = adapter.symmetry.get(leaf, ())
@@ -41,10 +43,7 @@ def shuffled(leaves: dict[str, Tensor], adapter: Any, seed: int) -> tuple[dict[s
 
 
 def plan(source: dict[str, Tensor], target: dict[str, Tensor], adapter: Any, of: Any = "in+out", **how: Any) -> Any:
-    a, b = (
-        Side(alignment.weights(side, adapter.symmetry, of), partial(alignment.mass, side, adapter.symmetry))
-        for side in (source, target)
-    )
+    a, b = (alignment.by_weights(side, adapter.symmetry, of) for side in (source, target))
     matching = Matching(how.pop("distance", alignment.squared), **{"accept": "always", **how})
     return matching(a, b, torch.arange(a.features.shape[1]) % 2 == 0, "key")
 
@@ -57,7 +56,7 @@ def test_a_permuted_copy_is_recovered_to_the_bit(seed: int, adapter: Any, of: An
     for distance in (alignment.squared, alignment.euclidean):
         for accept in ("always", "gain", "split-half"):
             found, gained = plan(copy, leaves, adapter, of, distance=distance, accept=accept)
-            back = transport(copy, found, adapter.symmetry)
+            back = found.moved(copy, adapter.symmetry)
             assert all(torch.equal(back[leaf], tensor) for leaf, tensor in leaves.items())
             assert gained == pytest.approx(0 if torch.equal(order, torch.arange(len(order))) else 1, abs=1e-6)
 
@@ -67,7 +66,7 @@ def test_a_permuted_copy_is_recovered_to_the_bit(seed: int, adapter: Any, of: An
 def test_transport_moves_hidden_axes_alone(seed: int, m: int, n: int) -> None:
     source, target = drawn(Bottleneck(m), seed, "a"), drawn(Bottleneck(n), seed, "b")
     found, _ = plan(source, target, BOTTLENECK)
-    moved = transport(source, found, BOTTLENECK.symmetry)
+    moved = found.moved(source, BOTTLENECK.symmetry)
     assert torch.equal(moved["up_bias"], source["up_bias"])
     assert {leaf: t.shape for leaf, t in moved.items()} == {leaf: t.shape for leaf, t in target.items()}
     assert all(t.dtype is torch.float32 and t.is_contiguous() and t.isfinite().all() for t in moved.values())
@@ -121,7 +120,7 @@ def test_ties_and_zeros_are_settled_alike_each_time(kind: str) -> None:
     for target in (leaves, other):
         first, second = (plan(leaves, target, BOTTLENECK)[0] for _ in range(2))
         assert torch.equal(first.units(), second.units())
-        moved = transport(leaves, first, BOTTLENECK.symmetry)
+        moved = first.moved(leaves, BOTTLENECK.symmetry)
         assert all(tensor.isfinite().all() for tensor in moved.values())
 
 
@@ -131,7 +130,7 @@ def test_low_precision_is_solved_in_double(dtype: torch.dtype) -> None:
     leaves = {leaf: (t * 1e-4).to(dtype) for leaf, t in drawn(BOTTLENECK, 5).items()}
     copy, _ = shuffled(leaves, BOTTLENECK, 5)
     found, _ = plan(copy, leaves, BOTTLENECK)
-    back = transport(copy, found, BOTTLENECK.symmetry)
+    back = found.moved(copy, BOTTLENECK.symmetry)
     assert all(torch.equal(back[leaf], t) and back[leaf].dtype is dtype for leaf, t in leaves.items())
 
 
@@ -152,7 +151,7 @@ def test_a_unit_split_in_two_and_a_duplicate_lose_nothing() -> None:
     wider, _ = plan(leaves, twice, BOTTLENECK, "in+bias")
     narrower, _ = plan(twice, leaves, BOTTLENECK, "in+bias")
     assert isinstance(wider, Coupling)
-    for moved in (transport(leaves, wider, BOTTLENECK.symmetry), transport(twice, narrower, BOTTLENECK.symmetry)):
+    for moved in (wider.moved(leaves, BOTTLENECK.symmetry), narrower.moved(twice, BOTTLENECK.symmetry)):
         torch.testing.assert_close(computed(moved), computed(leaves), rtol=1e-4, atol=1e-4)
 
 
@@ -247,57 +246,13 @@ def test_a_random_order_is_a_function_of_its_key() -> None:
     first, again = (plan(leaves, leaves, BOTTLENECK, solver="random")[0] for _ in range(2))
     assert torch.equal(first.units(), again.units())
     assert sorted(first.units().tolist()) == list(range(8))
-    assert not torch.equal(first.units(), alignment.shuffled(8, "another").units())
-
-
-# Linear adapters.
-
-
-def product(leaves: dict[str, Tensor]) -> Tensor:
-    gate = leaves.get("gate", torch.ones(leaves["A"].shape[0]))
-    return leaves["B"].double() @ (gate.double()[:, None] * leaves["A"].double())
-
-
-@given(seeds, st.booleans())
-@settings(max_examples=20, deadline=None)
-def test_balancing_keeps_the_update_and_shares_its_scale(seed: int, gated: bool) -> None:
-    leaves = drawn(LoRA(6, gated=gated), seed)
-    even = alignment.balanced(leaves)
-    torch.testing.assert_close(product(even), product(leaves), rtol=1e-4, atol=1e-4)
-    A, B = even["A"].double(), even["B"].double()
-    torch.testing.assert_close(A @ A.T, B.T @ B, rtol=1e-3, atol=1e-4)
-    assert not gated or torch.equal(even["gate"], torch.ones(6))
-    assert {k: (t.shape, t.dtype) for k, t in even.items()} == {k: (t.shape, t.dtype) for k, t in leaves.items()}
-
-
-@given(seeds)
-@settings(max_examples=20, deadline=None)
-def test_one_update_in_two_bases_is_brought_together_by_rotation(seed: int) -> None:
-    leaves = drawn(LORA, seed)
-    M = torch.randn(6, 6, generator=generator(seed, "basis")) + 3 * torch.eye(6)
-    other = {"A": M @ leaves["A"], "B": leaves["B"] @ torch.linalg.inv(M)}
-    (found, _) = alignment.turned({f"p/{k}": t for k, t in other.items()}, {f"p/{k}": t for k, t in leaves.items()})[
-        "p"
-    ]
-    assert isinstance(found, Rotation)
-    torch.testing.assert_close(found.matrix @ found.matrix.T, torch.eye(6, dtype=torch.float64))
-    back, even = transport(other, found, LORA.symmetry), alignment.balanced(leaves)
-    for leaf in ("A", "B"):
-        torch.testing.assert_close(back[leaf], even[leaf], rtol=1e-2, atol=2e-3)
-    torch.testing.assert_close(product(back), product(leaves), rtol=1e-3, atol=1e-3)
-
-
-def test_an_update_of_zero_can_be_turned() -> None:
-    fresh = {"p/A": torch.randn(4, 20, generator=generator(1)), "p/B": torch.zeros(20, 4)}
-    found, _ = alignment.turned(fresh, fresh)["p"]
-    moved = alignment.carried(fresh, {"p": (found, 0.0)}, LORA.symmetry)
-    assert all(tensor.isfinite().all() for tensor in moved.values())
+    assert not torch.equal(first.units(), at_random(8, "another").units())
 
 
 def test_a_place_without_a_plan_stays() -> None:
     leaves = {f"{place}/{leaf}": t for place in "ab" for leaf, t in drawn(BOTTLENECK, 1).items()}
     order = Order(torch.arange(8).flip(0))
-    moved = alignment.carried(leaves, {"a": (order, 0.0)}, BOTTLENECK.symmetry)
+    moved = carried(leaves, {"a": (order, 0.0)}, BOTTLENECK.symmetry)
     assert all(torch.equal(moved[name], t) for name, t in leaves.items() if name.startswith("b/"))
     assert torch.equal(moved["a/up"], leaves["a/up"].flip(1))
     assert torch.equal(moved["a/down_bias"], leaves["a/down_bias"].flip(0))

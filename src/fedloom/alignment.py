@@ -1,13 +1,9 @@
 r"""Optimal transport between the hidden units of two adapters.
 
-Two adapters that differ only in the order of their hidden units compute the same function. Which axis of which tensor
-carries that order is a fact of the adapter, its `symmetry`:
-
-    {"down": ("hidden", None), "down_bias": ("hidden",), "up": (None, "hidden")}
-
-Everything here is generic over that table. A transport never touches another axis: the model's width is the frozen
-residual stream on both sides, and OTFusion (Singh & Jaggi, 2020, arXiv 1910.05653), from which the matching descends,
-would match the output side of `up` too, which changes what the adapter computes.
+Which unit of one is like which of the other, by their weights or by what they do; how a plan is found, what it is
+worth, and when it is believed. All of it is generic over an adapter's symmetry (`fedloom.transport`). OTFusion (Singh &
+Jaggi, 2020, arXiv 1910.05653), from which the matching descends, would match the output side of `up` too, which changes
+what the adapter computes.
 
 All problems are solved in float64. Convention: T[i, j] is the share of source unit i in target unit j.
 """
@@ -15,98 +11,26 @@ All problems are solved in float64. Convention: T[i, j] is the share of source u
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from fedloom.adapters import Bottleneck, LoRA
 from fedloom.errors import AdapterError
 from fedloom.places import Symmetry
-from fedloom.tensors import Tensors, at, by_place, generator
+from fedloom.tensors import Tensors, by_place
+from fedloom.transport import Coupling, Order, Plan, Plans, hidden, identity, shuffled, width
 
 Weights: TypeAlias = Literal["in", "in+bias", "in+out"]
 Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (m, n), (k, n) -> costs (m, k)
 
 FLOOR = 1e-12  # the least mass of a unit, and the least norm that counts as one
 SINKHORN = 0.1  # regularisation, in median costs: near exact; at 1 the plan says nothing
-
-
-class Plan(Protocol):
-    """Where source units go."""
-
-    def along(self, tensor: Tensor, axis: int) -> Tensor:
-        """`tensor` with its hidden axis moved to the target's units. Axis 0 is the incoming side."""
-
-    def units(self) -> Tensor:
-        """For each target unit, the source unit that has most of it, (n) int64."""
-
-
-@dataclass(frozen=True, eq=False)
-class Order:
-    """A permutation: unit `index[j]` of the source becomes unit j. Applied by indexing, exact to the bit."""
-
-    index: Tensor
-
-    def along(self, tensor: Tensor, axis: int) -> Tensor:
-        return tensor.index_select(axis, self.index)
-
-    def units(self) -> Tensor:
-        return self.index
-
-
-@dataclass(frozen=True, eq=False)
-class Coupling:
-    r"""A plan (m, n) between unequal widths.
-
-    What comes in is averaged, what goes out is divided, so that a unit that is split in two computes what it did:
-
-    .. math:: \tilde W_{in}[j] = \sum_i \frac{T_{ij}}{T_{\cdot j}} W_{in}[i], \qquad
-              \tilde W_{out}[:, j] = \sum_i \frac{T_{ij}}{T_{i \cdot}} W_{out}[:, i]
-    """
-
-    plan: Tensor
-
-    def along(self, tensor: Tensor, axis: int) -> Tensor:
-        shares = self.plan / self.plan.sum(axis, keepdim=True).clamp_min(FLOOR**2)
-        moved: Tensor = torch.tensordot(tensor.double(), shares, dims=([axis], [0]))
-        return moved.movedim(-1, axis).to(tensor.dtype).contiguous()
-
-    def units(self) -> Tensor:
-        return self.plan.argmax(0)
-
-
-@dataclass(frozen=True, eq=False)
-class Rotation:
-    """An orthogonal map (n, n) of a linear adapter's balanced factors, whose symmetry is more than permutations."""
-
-    matrix: Tensor
-
-    def along(self, tensor: Tensor, axis: int) -> Tensor:
-        moved: Tensor = torch.tensordot(tensor.double(), self.matrix, dims=([axis], [1]))
-        return moved.movedim(-1, axis).to(tensor.dtype).contiguous()
-
-    def units(self) -> Tensor:
-        return self.matrix.abs().argmax(1)
-
-
-Plans: TypeAlias = Mapping[str, tuple[Plan, float]]  # place -> plan, its gain over the identity
-
-
-def transport(leaves: Tensors, plan: Plan, symmetry: Symmetry) -> dict[str, Tensor]:
-    """An adapter's tensors at one place with every hidden axis moved by a plan; other axes and tensors stay."""
-    leaves = balanced(leaves) if isinstance(plan, Rotation) else leaves
-    moved = {leaf: plan.along(leaves[leaf], axes.index("hidden")) for leaf, axes in symmetry.items() if leaf in leaves}
-    return {**leaves, **moved}
-
-
-def width(leaves: Tensors, symmetry: Symmetry) -> int:
-    """Hidden units at one place."""
-    leaf, axes = next((leaf, axes) for leaf, axes in symmetry.items() if leaf in leaves)
-    return leaves[leaf].shape[axes.index("hidden")]
 
 
 # What units are compared by.
@@ -119,22 +43,17 @@ def weights(leaves: Tensors, symmetry: Symmetry, of: Weights) -> Tensor:
     arXiv 2209.04836).
     """
     kept = {"in": ("in",), "in+bias": ("in", "bias"), "in+out": ("in", "bias", "out")}[of]
-    rows = [
-        leaves[leaf].double().movedim(axes.index("hidden"), 0).reshape(width(leaves, symmetry), -1)
-        for leaf, axes in symmetry.items()
-        if leaf in leaves and _side(axes) in kept
-    ]
+    axes = hidden(leaves, symmetry)
+    rows = [_rows(leaves[leaf], axis) for leaf, axis in axes.items() if _side(symmetry[leaf]) in kept]
     return torch.cat(rows, 1)
 
 
 def mass(leaves: Tensors, symmetry: Symmetry) -> Tensor:
     """What each unit carries, (width) float64, summing to one: the norm of all that comes in times that of all that
     goes out; uniform where all are zero."""
-    sides = {"in": [], "out": []}  # type: dict[str, list[Tensor]]
-    for leaf, axes in symmetry.items():
-        if leaf in leaves:
-            units = leaves[leaf].double().movedim(axes.index("hidden"), 0).reshape(width(leaves, symmetry), -1)
-            sides["out" if _side(axes) == "out" else "in"].append(units)
+    sides: dict[str, list[Tensor]] = {"in": [], "out": []}
+    for leaf, axis in hidden(leaves, symmetry).items():
+        sides["out" if _side(symmetry[leaf]) == "out" else "in"].append(_rows(leaves[leaf], axis))
     carried = torch.ones(width(leaves, symmetry), dtype=torch.float64)
     for side in filter(None, sides.values()):
         carried = carried * torch.cat(side, 1).norm(dim=1)
@@ -202,45 +121,6 @@ def sinkhorn(cost: Tensor, source: Tensor, target: Tensor) -> Coupling:
     return Coupling(torch.as_tensor(plan))
 
 
-def shuffled(units: int, *key: object) -> Order:
-    """A random permutation, a function of the key: what a matching has to beat."""
-    return Order(torch.randperm(units, generator=generator(*key)))
-
-
-def identity(units: int) -> Order:
-    """Every unit where it is."""
-    return Order(torch.arange(units))
-
-
-def rotated(source: Tensors, target: Tensors) -> Rotation:
-    r"""The rotation that brings balanced low-rank factors closest to others (orthogonal Procrustes).
-
-    .. math:: A_G A_k^\top + B_G^\top B_k = U S V^\top, \qquad R = U V^\top, \qquad A_k \to R A_k, \; B_k \to B_k R^\top
-
-    The symmetry of B A is GL(r); balancing both (`balanced`) leaves O(r), of which permutations are a part.
-    """
-    cross = target["A"].double() @ source["A"].double().T + target["B"].double().T @ source["B"].double()
-    u, _, vh = torch.linalg.svd(cross)
-    return Rotation(u @ vh)
-
-
-def balanced(leaves: Tensors) -> dict[str, Tensor]:
-    r"""The same low-rank update with its scale shared alike: gates folded in, then
-
-    .. math:: B A = U S V^\top, \qquad B = U \sqrt S, \; A = \sqrt S V^\top
-    """
-    A, B = leaves["A"].double(), leaves["B"].double()
-    if "gate" in leaves:
-        A = leaves["gate"].double()[:, None] * A
-    (qb, rb), (qa, ra) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-    u, s, vh = torch.linalg.svd(rb @ ra.T)
-    root = s.sqrt()
-    folded = {"A": root[:, None] * (vh @ qa.T), "B": (qb @ u) * root}
-    if "gate" in leaves:
-        folded["gate"] = torch.ones(len(root))
-    return {leaf: folded[leaf].to(tensor.dtype) for leaf, tensor in leaves.items()}
-
-
 # What a plan is worth.
 
 
@@ -269,6 +149,18 @@ class Side:
 
     features: Tensor
     mass: Callable[[], Tensor]  # asked for only between unlike widths
+
+
+def by_weights(leaves: Tensors, symmetry: Symmetry, of: Weights) -> Side:
+    """Units by their weights."""
+    return Side(weights(leaves, symmetry, of), partial(mass, leaves, symmetry))
+
+
+def by_activations(adapter: Bottleneck | LoRA, leaves: Tensors, read: Tensor, passed_on: bool) -> Side:
+    """Units by what they make of `read` (tokens, in_dim): before the non-linearity, or what they pass on."""
+    units = adapter.pre(read, leaves)
+    seen = adapter.post(units) if passed_on else units
+    return Side(seen.T.double(), partial(mass, leaves, adapter.symmetry))
 
 
 @dataclass(frozen=True)
@@ -321,31 +213,17 @@ def matched(
     """For each place, where the units of `source` go among those of `target`, by their weights."""
     targets, plans = by_place(target), {}
     for place, leaves in by_place(source).items():
-        a, b = (Side(weights(side, symmetry, of), partial(mass, side, symmetry)) for side in (leaves, targets[place]))
+        a, b = (by_weights(side, symmetry, of) for side in (leaves, targets[place]))
         plans[place] = matching(a, b, torch.arange(a.features.shape[1]) % 2 == 0, *key, place)
     return plans
-
-
-def turned(source: Tensors, target: Tensors) -> Plans:
-    """For each place, the rotation of the balanced low-rank factors of `source` to those of `target`."""
-    targets = by_place(target)
-    return {
-        place: (rotated(balanced(leaves), balanced(targets[place])), 0.0) for place, leaves in by_place(source).items()
-    }
-
-
-def carried(tensors: Tensors, plans: Plans, symmetry: Symmetry) -> dict[str, Tensor]:
-    """An adapter through plans; a place without one stays."""
-    return {
-        name: tensor
-        for place, leaves in by_place(tensors).items()
-        for name, tensor in at(
-            place, transport(leaves, plans[place][0], symmetry) if place in plans else leaves
-        ).items()
-    }
 
 
 def _side(axes: tuple[str | None, ...]) -> str:
     if axes.index("hidden") > 0:
         return "out"
     return "bias" if len(axes) == 1 else "in"
+
+
+def _rows(tensor: Tensor, axis: int) -> Tensor:
+    """One row a unit, float64."""
+    return tensor.double().movedim(axis, 0).reshape(tensor.shape[axis], -1)

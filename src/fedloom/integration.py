@@ -10,6 +10,7 @@ All three are the mean at γ = 0. Sums are float64 and folded in the order given
 relative to the largest so far, so that weights are right even where every e^{-γ d_k / s} underflows.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
@@ -52,6 +53,30 @@ def per_tensor(values: Tensor, tensors: Tensors) -> dict[str, float]:
     return {f"{place}/{leaf}": value for (place, leaves), value in zip(places, each, strict=True) for leaf, _ in leaves}
 
 
+def combined(mode: Mode, current: Tensors, sums: Tensors, total: Tensor, kept: Tensor) -> dict[str, Tensor]:
+    """What the sums make, in the dtypes of `current`.
+
+    sums: c Σ p_k e_k W_k; total: c Σ p_k e_k, one or one a place; kept: 1 / (c Σ p_k), alike. c is any constant
+    """
+    totals, shares = per_tensor(total, current), per_tensor(kept, current)
+    new = {}
+    for name, old in current.items():
+        match mode:
+            case "normalized":
+                tensor = sums[name].double() / totals[name]
+            case "literal":
+                tensor = sums[name].double() * shares[name]
+            case "delta":
+                tensor = old + (sums[name].double() - totals[name] * old.double()) * shares[name]
+        new[name] = tensor.to(old.dtype)
+    return new
+
+
+def norm(tensors: Tensors) -> float:
+    """The Euclidean norm over all tensors, float64."""
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+
+
 class Fold:
     """The running sums of an integration: adapters are added one by one and not kept."""
 
@@ -77,18 +102,7 @@ class Fold:
         p, total, top = self._weights()
         if not p > 0:
             raise UpdateError("there is nothing to integrate: no site answered with a weight above zero.")
-        totals, kept = per_tensor(total, self._current), per_tensor(top.exp() / p, self._current)
-        new = {}
-        for name, old in self._current.items():
-            match mode:
-                case "normalized":
-                    tensor = self._sums[name] / totals[name]
-                case "literal":
-                    tensor = self._sums[name] * kept[name]
-                case "delta":
-                    tensor = old + (self._sums[name] - totals[name] * old.double()) * kept[name]
-            new[name] = tensor.to(old.dtype)
-        return new
+        return combined(mode, self._current, self._sums, total, top.exp() / p)
 
     def shares(self) -> Mapping[str, float]:
         """w_k of each site, summing to one; the mean over places where each has its own."""

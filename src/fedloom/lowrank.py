@@ -20,8 +20,14 @@ NOISE = 1e-7  # a singular value below it, of the largest, is rounding of float3
 
 
 def products(tensors: Tensors, scale: float = 1.0) -> dict[str, Factors]:
-    """A LoRA's factors, place by place, a gate inside: scale · B (g ∘ A)."""
-    return {place: _folded(leaves, scale) for place, leaves in by_place(tensors).items()}
+    """A LoRA's factors, place by place (`folded`)."""
+    return {place: folded(leaves, scale) for place, leaves in by_place(tensors).items()}
+
+
+def folded(leaves: Tensors, scale: float = 1.0) -> Factors:
+    """The factors of one place, a gate inside: scale · B (g ∘ A)."""
+    A = leaves["A"].double()
+    return leaves["B"].double() * scale, A * leaves["gate"].double()[:, None] if "gate" in leaves else A
 
 
 def adapter(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
@@ -114,11 +120,6 @@ def apart(one: Mapping[str, Factors], other: Mapping[str, Factors]) -> tuple[flo
     between = sum(norm(joined([(one[place], 1.0), (other[place], -1.0)])) ** 2 for place in one) ** 0.5
     size = sum(norm(factors) ** 2 for factors in one.values()) ** 0.5
     return between, between / size if size else 0.0
-
-
-def _folded(leaves: Tensors, scale: float) -> Factors:
-    A = leaves["A"].double()
-    return leaves["B"].double() * scale, A * leaves["gate"].double()[:, None] if "gate" in leaves else A
 
 
 def _filled(fresh: Tensors, factors: Factors) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from fedloom import alignment, lowrank
+from fedloom import lowrank, rotation
 from fedloom.adapters import LoRA, Width
 from fedloom.backbones.adaptable import Adaptable, Batch, Features
 from fedloom.distillation import Lesson
@@ -353,8 +353,7 @@ class FedDLP:
         target, turned = by_place(shared), dict[str, Tensor]()
         same_rank = lowrank.filled(without("local", shared), lowrank.products(without("local", update)))
         for place, own in by_place(same_rank).items():
-            plan = alignment.rotated(alignment.balanced(own), target[place])
-            turned |= at(place, alignment.transport(own, plan, self.shared.symmetry))
+            turned |= at(place, rotation.rotated(own, target[place]).moved(own, self.shared.symmetry))
         return turned
 
 

@@ -31,23 +31,23 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from fedloom import alignment
+from fedloom import alignment, rotation, transport
 from fedloom.adapters import Bottleneck, LoRA
-from fedloom.alignment import Matching, Plan, Plans, Side
+from fedloom.alignment import Matching
 from fedloom.backbones.adaptable import Adaptable, Batch
 from fedloom.errors import MethodError
-from fedloom.integration import Fold, distances, exponents, per_tensor, sizes
+from fedloom.integration import Fold, combined, distances, exponents, norm, per_tensor, sizes
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
 from fedloom.tensors import Private, Shared, Tensors, at, by_place, mean, of_model, only, under
 from fedloom.training import Positive, fit, head
+from fedloom.transport import Plan, Plans
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,6 @@ SHRUNK = 0.9  # S below which the literal form is said to shrink the global adap
 
 Share: TypeAlias = Annotated[float, Ge(0), Le(1)]
 Blend: TypeAlias = Annotated[float, Gt(0), Le(1)]
-Told: TypeAlias = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ class FedPIA:
 
     def _integrated(
         self, site: Site, shared: Tensors, held: Tensors, beta: float
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Told]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
         """(1 - β) W_k + β W̃_G, the global adapter's units in the order of the site's own; `held`: head and own."""
         current, own = of_model(shared), under("local", held)
         if _equal(current, own):
@@ -197,8 +196,8 @@ class FedPIA:
             start, beta = self._chosen(site, held, own, [turned, current])
         else:
             start = _blend(own, turned, beta)
-        told = _told("client", plans, under("choice/client", held))
-        return start, at("choice/client", _orders(plans)), {**told, "beta": beta}
+        told = transport.told("client", plans, under("choice/client", held))
+        return start, at("choice/client", transport.units(plans)), {**told, "beta": beta}
 
     def _chosen(
         self, site: Site, held: Tensors, own: Tensors, others: Sequence[Tensors]
@@ -228,18 +227,16 @@ class FedPIA:
         plans: dict[str, tuple[Plan, float]] = {}
         matching = self._matching(alignment.decorrelation if correlated else self._metric)
 
-        def fired(h: Tensor, mask: Tensor, leaves: Tensors) -> Side:
-            units = self.adapter.pre(h, leaves)[mask]
-            seen = units if correlated else self.adapter.post(units)
-            return Side(seen.T.double(), partial(alignment.mass, leaves, self.adapter.symmetry))
-
         for place, h, mask in reads:
             h_of_theirs = h if reads_of_theirs is None else next(reads_of_theirs)[1]
-            source, target = fired(h_of_theirs, mask, theirs[place.name]), fired(h, mask, ours[place.name])
+            source, target = (
+                alignment.by_activations(self.adapter, leaves[place.name], read[mask], not correlated)
+                for leaves, read in ((theirs, h_of_theirs), (ours, h))
+            )
             plans[place.name] = matching(source, target, _first_half(mask), site.name, place.name)
         return plans
 
-    def _aligned(self, site: Site, shared: Tensors, own: Tensors) -> tuple[dict[str, Tensor], Told]:
+    def _aligned(self, site: Site, shared: Tensors, own: Tensors) -> tuple[dict[str, Tensor], dict[str, float]]:
         """What makes a mean at the server enough: e_k W̃_k, and beside it e_k and d_k."""
         current = of_model(shared)
         aligned, plans = self._permuted(site.name, own, current)
@@ -247,7 +244,7 @@ class FedPIA:
         e = exponents(self.gamma, d, self._scale(shared["control/distance"], current)).clamp_min(LOWEST).exp()
         by_name = per_tensor(e, aligned)
         sent = {name: (tensor.double() * by_name[name]).to(tensor.dtype) for name, tensor in aligned.items()}
-        return {**sent, "control/distance": d, "control/weight": e}, _told("server", plans, {})
+        return {**sent, "control/distance": d, "control/weight": e}, transport.told("server", plans, {})
 
     # At the server.
 
@@ -274,8 +271,8 @@ class FedPIA:
             d = distances(aligned, current, self.by_layer)
             fold.add(answer.site, aligned, answer.update.weight, exponents(self.gamma * ordered, d, scale))
             far.append(({"distance": d}, answer.update.weight))
-            told.append(_told("server", plans, under(f"match/{answer.site}", state)))
-            orders |= at(f"match/{answer.site}", _orders(plans))
+            told.append(transport.told("server", plans, under(f"match/{answer.site}", state)))
+            orders |= at(f"match/{answer.site}", transport.units(plans))
         following, shares = fold.integrated(self.integration), fold.shares()
         if self.integration == "literal" and fold.kept() < SHRUNK:
             log.warning(
@@ -290,7 +287,7 @@ class FedPIA:
             **{f"server/weight/{site}": share for site, share in shares.items()},
             "effective": 1 / sum(share**2 for share in shares.values()),
             "sum": fold.kept(),
-            "norm": _norm(following),
+            "norm": norm(following),
         }
         return Shared({**following, **server}), metrics
 
@@ -304,19 +301,10 @@ class FedPIA:
                 yield answer.update.tensors, answer.update.weight
 
         folded = mean(updates(answers))
-        e = per_tensor(folded["control/weight"], current)
-        following = {}
-        for name, old in current.items():
-            match self.integration:
-                case "normalized":
-                    new = folded[name].double() / e[name]
-                case "literal":
-                    new = folded[name].double()
-                case "delta":
-                    new = old.double() * (1 - e[name]) + folded[name].double()
-            following[name] = new.to(old.dtype)
+        e = folded["control/weight"]
+        following = combined(self.integration, current, folded, e, torch.ones_like(e))
         control = {name: folded[name] for name in ("control/distance", "control/weight")}
-        metrics = {"sum": float(folded["control/weight"].mean()), "norm": _norm(following)}
+        metrics = {"sum": float(e.mean()), "norm": norm(following)}
         return Shared({**following, **control}), {**_averaged(told), **metrics}
 
     def _first(self, drawn: Tensors, answers: Iterable[Answer]) -> tuple[dict[str, Tensor], Iterable[Answer]]:
@@ -352,12 +340,12 @@ class FedPIA:
     def _by_weights(self, source: Tensors, target: Tensors, site: str) -> Plans:
         """For each place, which unit of `source` is like which of `target` in its weights."""
         if self.solver == "procrustes":
-            return alignment.turned(source, target)
+            return rotation.turned(source, target)
         matching = self._matching(self._metric)
         return alignment.matched(source, target, self.adapter.symmetry, self.cost, matching, site)
 
     def _carried(self, tensors: Tensors, plans: Plans) -> dict[str, Tensor]:
-        return alignment.carried(tensors, plans, self.adapter.symmetry)
+        return transport.carried(tensors, plans, self.adapter.symmetry)
 
     def _matching(self, distance: alignment.Distance) -> Matching:
         solver = "exact" if self.solver == "procrustes" else self.solver
@@ -386,27 +374,7 @@ def _first_half(mask: Tensor) -> Tensor:
     return row < len(mask) / 2 if len(mask) > 1 else position % 2 == 0
 
 
-def _orders(plans: Plans) -> dict[str, Tensor]:
-    return {place: plan.units().to(torch.int16) for place, (plan, _) in plans.items()}
-
-
-def _told(level: str, plans: Plans, before: Tensors) -> Told:
-    """What a level's matching did at each place: the share of units that moved, the gain over the identity, and the
-    share whose match is another than in the round before."""
-    told = {}
-    for place, order in _orders(plans).items():
-        told[f"{level}/moved/{place}"] = float((order != torch.arange(len(order))).float().mean())
-        told[f"{level}/gain/{place}"] = plans[place][1]
-        if place in before and before[place].shape == order.shape:
-            told[f"{level}/rematched/{place}"] = float((order != before[place]).float().mean())
-    return told
-
-
-def _averaged(told: Sequence[Told]) -> Told:
+def _averaged(told: Sequence[dict[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for own in told for name in own)
     values = {name: [own[name] for own in told if name in own] for name in names}
     return {name: sum(each) / len(each) for name, each in values.items()}
-
-
-def _norm(tensors: Tensors) -> float:
-    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))

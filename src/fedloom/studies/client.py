@@ -7,13 +7,13 @@ order of its own, the loss is measured: a barrier between them means two basins,
 
 from dataclasses import replace
 
-from fedloom.alignment import carried
 from fedloom.federation import visible
 from fedloom.methods import FedPIA
 from fedloom.studies.setting import ACCURACY, HELD_OUT, SITES, STARTS, TEST_LOSS, Setting, loss, measured, prepared
 from fedloom.studies.study import Options, Part, Result, Row, verdict
 from fedloom.studies.units import COSTS, matched, read
 from fedloom.tensors import Private, Shared, Tensors, under
+from fedloom.transport import carried
 
 QUESTION = "What is the permutation at the client worth at one site, and does it join two basins?"
 STEPS = tuple(i / 5 for i in range(6))

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 
-from fedloom.alignment import Plans
 from fedloom.errors import RecipeError
 from fedloom.federation import visible
 from fedloom.labels import several
@@ -20,6 +19,7 @@ from fedloom.studies.setting import ACCURACY, HELD_OUT, SITES, STARTS, TEST_LOSS
 from fedloom.studies.study import Cell, Options, Part, Result, Row, verdict
 from fedloom.studies.units import COSTS, agreement, matched, orders, read
 from fedloom.tensors import generator, under
+from fedloom.transport import Plans
 
 QUESTION = "How large must a probe be for a stable match by activations, and of what?"
 LARGEST = 64  # images

@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from fedloom import alignment
 from fedloom.adapters import Bottleneck
-from fedloom.alignment import Matching, Order, Plans, Side
+from fedloom.alignment import Matching
 from fedloom.site import Site
 from fedloom.tensors import Tensors, by_place, generator
+from fedloom.transport import Plans, carried, shuffled, width
 
 Reads = Mapping[str, Tensor]  # by place, what an adapter reads there: (tokens, dim)
 Orders = Mapping[str, Tensor]  # by place, for each target unit the source unit
@@ -47,32 +47,20 @@ def matched(adapter: Bottleneck, source: Tensors, target: Tensors, cost: Cost, r
         distance = alignment.squared if cost.near else alignment.euclidean
         return alignment.matched(source, target, adapter.symmetry, cost.of, Matching(distance, accept="always"))
     distance = alignment.decorrelation if cost.near else alignment.euclidean
-    sides = [fired(adapter, tensors, reads, pre=cost.near) for tensors in (source, target)]
-    even = {place: torch.arange(len(h)) % 2 == 0 for place, h in reads.items()}
-    match = Matching(distance, accept="always")
-    return {place: match(sides[0][place], sides[1][place], even[place]) for place in reads}
-
-
-def fired(adapter: Bottleneck, tensors: Tensors, reads: Reads, pre: bool) -> dict[str, Side]:
-    """The units of each place by what they give, before or after σ."""
-    found = {}
-    for place, leaves in by_place(tensors).items():
-        units = adapter.pre(reads[place], leaves)
-        seen = units if pre else adapter.post(units)
-        found[place] = Side(seen.T.double(), partial(alignment.mass, leaves, adapter.symmetry))
-    return found
+    theirs, ours, matching = by_place(source), by_place(target), Matching(distance, accept="always")
+    plans = {}
+    for place, h in reads.items():
+        a, b = (alignment.by_activations(adapter, own[place], h, passed_on=not cost.near) for own in (theirs, ours))
+        plans[place] = matching(a, b, torch.arange(len(h)) % 2 == 0)
+    return plans
 
 
 def permuted(adapter: Bottleneck, tensors: Tensors, *key: object) -> tuple[dict[str, Tensor], Orders]:
     """The adapter with its units in a random order, and the order that undoes it."""
-    places = by_place(tensors)
-    orders = {
-        place: torch.randperm(alignment.width(leaves, adapter.symmetry), generator=generator(*key, place))
-        for place, leaves in places.items()
-    }
-    plans = {place: (Order(order), 0.0) for place, order in orders.items()}
-    undone = {place: order.argsort() for place, order in orders.items()}
-    return alignment.carried(tensors, plans, adapter.symmetry), undone
+    widths = {place: width(leaves, adapter.symmetry) for place, leaves in by_place(tensors).items()}
+    plans = {place: (shuffled(n, *key, place), 0.0) for place, n in widths.items()}
+    undone = {place: plan.units().argsort() for place, (plan, _) in plans.items()}
+    return carried(tensors, plans, adapter.symmetry), undone
 
 
 def noisy(tensors: Tensors, level: float, *key: object) -> dict[str, Tensor]:

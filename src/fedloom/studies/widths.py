@@ -1,6 +1,6 @@
 """Sites whose adapters are of unlike widths; and what of unlike depths and of two backbones.
 
-Unlike widths are transported (`alignment.Coupling`). An adapter of another depth, or of another backbone, is refused: a
+Unlike widths are transported (`transport.Coupling`). An adapter of another depth, or of another backbone, is refused: a
 transport moves hidden units and never the residual stream, on which they read and write, and the streams of two layers
 or of two backbones of one width have no axis in common. To match layers by their relative depth, too, is to believe
 that a layer of one does what a layer of the other does, which nothing in the adapters can test.
