@@ -542,6 +542,20 @@ def test_a_site_may_bring_an_adapter_of_its_own_rank(site: Make, tmp_path: Path)
     assert alive == {"oxford": 7 * 3, "paris": 4 * 3}  # half of each site's own, at six places
 
 
+def test_a_shared_adapter_of_another_rank_is_folded_at_the_rank_of_all(site: Make) -> None:
+    model, method = site().model, FedDLP(LoRA(rank=4), rank=2, share="both")
+    shared = method.start(model, None, 2, 0)
+    local = at("local", drawn(model, LoRA(rank=4), "local"))
+    narrow = drawn(model, LoRA(rank=1), "narrow")  # its product fits into two ranks as it is
+    update = Update(Shared({**narrow, **local}), 1.0, 1)
+    mean, told = method.aggregate(shared, [Answer("oxford", update), Answer("paris", update)])
+    for place, own in by_place(narrow).items():
+        ours = by_place(without("local", mean))[place]
+        assert ours["A"].shape[0] == 2
+        torch.testing.assert_close(ours["B"] @ ours["A"], own["B"] @ own["A"], rtol=1e-4, atol=1e-5)
+    assert told["residual_relative"] < 1e-5
+
+
 @pytest.mark.parametrize("predict_with", ["local", "both", "global", "blend"])
 def test_what_a_site_predicts_with(site: Make, predict_with: Any) -> None:
     oxford = site(task=PROMPTS)

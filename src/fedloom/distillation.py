@@ -1,5 +1,6 @@
 """What one branch of a model learns: from its batch, and from what another branch makes of it."""
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -9,8 +10,11 @@ from torch import Tensor
 
 from fedloom.backbones.adaptable import Batch, Features
 from fedloom.errors import MethodError
+from fedloom.site import Site
 from fedloom.tasks import Classification, Detection, Task
 from fedloom.tensors import Tensors
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,19 @@ class Lesson:
             raise MethodError(
                 f"{asked} compares images with the captions of their classes, and this task has none; in [method] set "
                 "loss = 'classes' and no caption, or in [task] kind = 'classification' and head = 'prompts'."
+            )
+
+    def greet(self, site: Site) -> None:
+        """What is said to a site in its first round.
+
+        raises MethodError: as `fits`
+        """
+        self.fits(site.task)
+        if self.loss == "contrastive" and len({example.label for example in site.train.examples}) == 1:
+            log.warning(
+                "site '%s' has examples of one class: in its batches every caption is the same, and the contrastive "
+                "loss cannot say which is right; set loss = 'classes' in [method].",
+                site.name,
             )
 
     def told(self, task: Task, batch: Batch) -> Batch:

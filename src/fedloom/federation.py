@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -100,13 +101,11 @@ def federate(method: Method, engine: Engine, shared: Shared, schedule: Schedule,
         asked = schedule.asked(round)
         answers: dict[str, Answer] = {}
         silent: dict[str, str] = {}
-        replies = engine.round(round, shared, asked)
-        try:
-            following, metrics = method.aggregate(shared, _admitted(replies, asked, shared, method, answers, silent))
-        except Exception:
-            if not answers:  # nothing could be folded because nobody answered: say that
-                _require(schedule, round, asked, answers, silent)
-            raise
+        admitted = _admitted(engine.round(round, shared, asked), asked, shared, method, answers, silent)
+        if (one := next(admitted, None)) is not None:  # a method is never asked to fold nothing
+            following, metrics = method.aggregate(shared, chain([one], admitted))
+        for _ in admitted:  # a method may have no use for them, and an engine waits until they are taken
+            pass
         _require(schedule, round, asked, answers, silent)
         shared = following
         yield Round(round, shared, asked, answers, silent, metrics, time.perf_counter() - began)

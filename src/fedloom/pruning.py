@@ -6,6 +6,7 @@ rank away changes no output. What it saves is bytes, on disk and wherever a loca
 less time.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, TypeAlias
@@ -16,8 +17,11 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from fedloom.adapters import LoRA
-from fedloom.tensors import Tensors, by_place, only, under
-from fedloom.training import Positive, State, Training, descend
+from fedloom.tensors import Tensors, at, by_place, only, under
+from fedloom.training import Positive, State, Training, descend, stage
+from fedloom.transport import Order, carried
+
+log = logging.getLogger(__name__)
 
 Strength: TypeAlias = Annotated[float, Ge(0)]
 Rate: TypeAlias = Annotated[float, Gt(0)]
@@ -52,6 +56,16 @@ class Pruning:
     first: Rate = 1e-6  # λ in the first round of a schedule
     rounds: Positive = 10  # that a schedule takes
     compact: bool = True  # dead ranks leave the tensors at a round's end; else their gates may come back
+
+    def greet(self) -> None:
+        """What is said before the first round."""
+        if self.lr <= self.sparsity:
+            log.warning(
+                "[method.pruning] lr %g is not above sparsity %g: the proximal step outweighs a step of the gates, and "
+                "useful ranks die with the others; raise lr, or lower sparsity.",
+                self.lr,
+                self.sparsity,
+            )
 
     def progress(self, round: int | str) -> float:
         """How far a schedule is in a round, 0 to 1; at its end after the last round."""
@@ -89,6 +103,20 @@ class Pruning:
         moved = torch.where(gate > threshold, gate - threshold, gate)
         moved = torch.where(moved < -threshold, moved + threshold, moved)
         return torch.where(moved.abs() < threshold, 0.0, moved)
+
+    def ended(self, round: int | str, site: str, began: Tensors, trained: State, rank: int) -> State:
+        """What a round leaves: the state within its budget, without dead ranks; a layer that lost its last one is told.
+
+        site: its name; began: the tensors before the round; rank: of a layer before any pruning
+        """
+        within = replace(trained, tensors=self.budgeted(trained.tensors, round, rank))
+        before, left = ranks(began), ranks(within.tensors)
+        if dead := [place for place, n in left.items() if not n and before[place]]:
+            log.warning(
+                "site '%s', %s: no rank is left at %s; there the local branch is the frozen model.",
+                *(site, stage(round), ", ".join(dead)),
+            )
+        return compacted(within) if self.compact else within
 
     def budgeted(self, tensors: Tensors, round: int | str, rank: int) -> dict[str, Tensor]:
         """The tensors, the gates of the ranks for which the budget has no room at zero; `rank`: before any pruning."""
@@ -135,15 +163,8 @@ def ranks(tensors: Tensors) -> dict[str, int]:
 def compacted(state: State) -> State:
     """The state without dead ranks: A, B and gates, and their moments. A layer without a rank keeps tensors of width 0,
     which add nothing."""
-    alive = {p: ls["gate"].nonzero()[:, 0] for p, ls in by_place(state.tensors).items() if "gate" in ls}
-    moments = {f"{key}/{name}": t for key in "mv" for name, t in _narrowed(under(key, state.moments), alive).items()}
-    return State(_narrowed(state.tensors, alive), {**state.moments, **moments})
-
-
-def _narrowed(tensors: Tensors, alive: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    new = dict(tensors)
-    for place, leaves in by_place(tensors).items():
-        if place in alive:
-            for leaf, tensor in leaves.items():
-                new[f"{place}/{leaf}"] = tensor.index_select(LoRA.symmetry[leaf].index("hidden"), alive[place])
-    return new
+    gated = {place: own["gate"] for place, own in by_place(state.tensors).items() if "gate" in own}
+    alive = {place: (Order(gate.nonzero()[:, 0]), 0.0) for place, gate in gated.items()}
+    parts = {key: carried(under(key, state.moments), alive, LoRA.symmetry) for key in "mv"}
+    moments = {name: tensor for key, part in parts.items() for name, tensor in at(key, part).items()}
+    return State(carried(state.tensors, alive, LoRA.symmetry), {**state.moments, **moments})

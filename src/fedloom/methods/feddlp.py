@@ -48,11 +48,12 @@ from fedloom.adapters import LoRA, Width
 from fedloom.backbones.adaptable import Adaptable, Batch, Features
 from fedloom.distillation import Lesson
 from fedloom.errors import MethodError
-from fedloom.pruning import Pruning, compacted, ranks
+from fedloom.pruning import Pruning, ranks
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
 from fedloom.tensors import Private, Shared, Tensors, at, by_place, mean, under, without
-from fedloom.training import Count, State, descend, gradient, head, leaves, placed, stage
+from fedloom.training import Count, State, descend, gradient, head, leaves, placed
+from fedloom.transport import carried
 
 log = logging.getLogger(__name__)
 
@@ -139,13 +140,8 @@ class FedDLP:
             self.lesson.fits(task)
         if self.rank > self.adapter.rank:
             log.warning("The shared rank %d is above the local rank %d.", self.rank, self.adapter.rank)
-        if self.pruning is not None and self.pruning.lr <= self.pruning.sparsity:
-            log.warning(
-                "[method.pruning] lr %g is not above sparsity %g: the proximal step outweighs a step of the gates, and "
-                "useful ranks die with the others; raise lr, or lower sparsity.",
-                self.pruning.lr,
-                self.pruning.sparsity,
-            )
+        if self.pruning is not None:
+            self.pruning.greet()
         shared = model.init(self.shared, seed, "shared")
         second = at("local", model.init(replace(self.local, gated=False), seed)) if self.share == "both" else {}
         return Shared({**shared, **second})
@@ -154,7 +150,7 @@ class FedDLP:
 
     def local_round(self, round: int, site: Site, shared: Shared, private: Private) -> tuple[Update, Private]:
         if not private:
-            self._greet(site)
+            self.lesson.greet(site)
         mine = began = self._state(site, shared, private)
         ours = State(without("local", shared), under("opt/shared", private))
         losses = []
@@ -281,14 +277,7 @@ class FedDLP:
         if self.pruning is None:
             return mine
         whole = max(ranks(site.initial).values(), default=self.adapter.rank)
-        mine = replace(mine, tensors=self.pruning.budgeted(mine.tensors, round, whole))
-        before, left = ranks(began.tensors), ranks(mine.tensors)
-        if dead := [place for place, n in left.items() if not n and before[place]]:
-            log.warning(
-                "site '%s', %s: no rank is left at %s; there the local branch is the frozen model.",
-                *(site.name, stage(round), ", ".join(dead)),
-            )
-        return compacted(mine) if self.pruning.compact else mine
+        return self.pruning.ended(round, site.name, began.tensors, mine, whole)
 
     def _published(self, mine: State) -> dict[str, Tensor]:
         """The local adapter with its gates inside, if it is shared; a layer without a rank as one of zeros."""
@@ -307,16 +296,6 @@ class FedDLP:
 
     def _risen(self, gamma: float, round: int | str) -> float:
         return gamma if isinstance(round, str) or not self.ramp else gamma * min(1.0, (round + 1) / self.ramp)
-
-    def _greet(self, site: Site) -> None:
-        """What is said to a site in its first round."""
-        self.lesson.fits(site.task)
-        if self.loss == "contrastive" and len({example.label for example in site.train.examples}) == 1:
-            log.warning(
-                "site '%s' has examples of one class: in its batches every caption is the same, and the contrastive "
-                "loss cannot say which is right; set loss = 'classes' in [method].",
-                site.name,
-            )
 
     # At the server
 
@@ -348,13 +327,14 @@ class FedDLP:
         """What of a site's factors goes into their mean."""
         if self.aggregation == "product":
             return {}
+        given, own = without("local", shared), without("local", update)
+        if self.aggregation == "procrustes" or any(own[name].shape != given[name].shape for name in given):
+            own = lowrank.filled(given, lowrank.products(own))  # of the rank that the others have
         if self.aggregation == "factors":
-            return without("local", update)
-        target, turned = by_place(shared), dict[str, Tensor]()
-        same_rank = lowrank.filled(without("local", shared), lowrank.products(without("local", update)))
-        for place, own in by_place(same_rank).items():
-            turned |= at(place, rotation.rotated(own, target[place]).moved(own, self.shared.symmetry))
-        return turned
+            return own
+        target = by_place(given)
+        plans = {place: (rotation.rotated(ls, target[place]), 0.0) for place, ls in by_place(own).items()}
+        return carried(own, plans, self.shared.symmetry)
 
 
 def _products(update: Tensors) -> dict[str, lowrank.Factors]:
