@@ -14,6 +14,7 @@ from test_vilt import processors, vilt_module
 from torch import Tensor
 
 from fedloom.adapters import Bottleneck, LoRA
+from fedloom.alignment import Matching
 from fedloom.backbones import Adaptable, Batch, load
 from fedloom.backbones.vilt import ViLT
 from fedloom.check import check_method, federation
@@ -241,7 +242,11 @@ def test_scales(model: Adaptable) -> None:
     parameters = sum(t.numel() for t in current.values())
     for scale, s in (("previous", 11.0), ("median", float(d.median())), ("parameters", parameters), ("one", 1.0)):
         own = replace(method, scale=scale)  # type: ignore[arg-type]
-        state = {"server/ordered": torch.tensor(True), "server/distance": torch.tensor([11.0]).double()}
+        state = {
+            "server/ordered": torch.tensor(True),
+            "server/round": torch.tensor(1),
+            "server/distance": torch.tensor([11.0]).double(),
+        }
         following, told = own.aggregate(Shared({**current, **state}), answers(*updates))
         e = (-0.7 * d / s).exp()
         shares = [told[f"server/weight/site-{i}"] for i in range(3)]
@@ -382,6 +387,7 @@ VARIANTS: dict[str, Any] = {
     "independent": replace(PIA, init="independent"),
     "iterated": replace(PIA, iterations=3, scale="median"),
     "by layer": replace(PIA, matching="site", distance="layer", integration="delta"),
+    "every second round": replace(PIA, every=2, accept="always", init="independent"),
     "chosen": replace(PIA, choose=(0.5, 1.0), predict_with="integrated"),
     "paper": replace(FedPIA.paper(), adapter=ADAPTER, probe=1),
     "lora": FedPIA(LoRA(2), probe=1),
@@ -423,6 +429,28 @@ def test_what_is_told_of_a_round(tmp_path: Path) -> None:
     at_site = ended[-1].answers["site-0"].update.metrics
     assert {f"client/moved/{place}" for place in places} <= at_site.keys()
     assert {f"client/rematched/{place}" for place in places} <= at_site.keys()
+
+
+def test_between_two_matchings_the_last_one_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    match = Matching.__call__
+    monkeypatch.setattr(
+        Matching, "__call__", lambda self, a, b, first, *key: calls.append("") or match(self, a, b, first, *key)
+    )
+    sites = list(federation())
+    own = {site.name: Participant(site, Store(tmp_path / site.name), site.held_out) for site in sites}
+    method = replace(PIA, accept="always", init="independent", every=3)
+    shared = method.start(sites[0].model, COLOURS, 4, 0)
+    places, made = list(by_place(sites[0].model.init(ADAPTER, 0))), []
+    for done in federate(method, LocalEngine(method, own), shared, Schedule(tuple(own), 5)):
+        made.append(len(calls))
+        if done.round in (1, 2, 4):
+            assert all(done.metrics[f"server/rematched/{place}"] == 0 for place in places)
+            assert all(done.metrics[f"server/moved/{place}"] > 0 for place in places)
+    each = len(places) * len(sites)
+    # Server in rounds 0 and 3 (and the first order in round 0); sites in round 1, where each first takes one, and 3.
+    first = each + len(places)
+    assert made == [first, first + each, first + each, first + 3 * each, first + 3 * each]
 
 
 def test_the_literal_form_says_that_it_shrinks(model: Adaptable, caplog: pytest.LogCaptureFixture) -> None:

@@ -47,7 +47,7 @@ from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
 from fedloom.tensors import Private, Shared, Tensors, at, by_place, mean, of_model, only, under
 from fedloom.training import Positive, fit, head
-from fedloom.transport import Plan, Plans
+from fedloom.transport import Order, Plan, Plans
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class FedPIA:
     solver: Literal["exact", "emd", "sinkhorn", "random", "procrustes"] = "exact"
     accept: Literal["always", "gain", "split-half"] = "split-half"  # when a match is believed
     least_gain: Share = 0.0  # over the identity
+    every: Positive = 1  # rounds from one matching to the next; between them the last match holds
     iterations: Positive = 1  # of the barycenter: align to the mean, average, again
     # integrate
     gamma: float = 1.0  # γ: how fast a distant site loses its say
@@ -114,6 +115,11 @@ class FedPIA:
                 "solver = 'procrustes' rotates the factors of a linear adapter, and a bottleneck is not linear; "
                 "use 'exact', or adapter.kind = 'lora'."
             )
+        if self.every > 1 and (self.solver in ("sinkhorn", "procrustes") or self.matching == "site"):
+            raise MethodError(
+                f"every = {self.every} holds a permutation from round to round, which needs solver = 'exact', 'emd' or "
+                "'random', and matching = 'server'."
+            )
         if self.matching == "site" and (self.scale == "median" or self.iterations > 1 or self.init == "independent"):
             raise MethodError(
                 "matching = 'site' needs what every site knows beforehand: not scale = 'median', iterations > 1, nor "
@@ -134,7 +140,8 @@ class FedPIA:
         scale = distances(fresh, zero, self.by_layer)  # parameters times variance
         if self.matching == "site":
             return Shared({**fresh, "control/distance": scale, "control/weight": torch.ones_like(scale)})
-        return Shared({**fresh, "server/distance": scale, "server/ordered": torch.tensor(self.init == "shared")})
+        ordered = torch.tensor(self.init == "shared")
+        return Shared({**fresh, "server/distance": scale, "server/ordered": ordered, "server/round": torch.tensor(0)})
 
     @property
     def by_layer(self) -> bool:
@@ -150,7 +157,7 @@ class FedPIA:
         own = own or (site.model.init(self.adapter, site.seed, site.name) if apart else of_model(shared))
         held = {**private, **at("local", own), **heads}
         beta = self.beta[min(round, len(self.beta) - 1)]
-        start, choice, told = (own, {}, {}) if apart else self._integrated(site, shared, held, beta)
+        start, choice, told = (own, {}, {}) if apart else self._integrated(site, shared, held, beta, round)
         trained, loss = fit(site, {**start, **heads}, lambda t, b: site.loss(self.adapter, t, b), round)
         after = only(start, trained)
         sent, more = self._aligned(site, shared, after) if self.matching == "site" else (after, {})
@@ -184,13 +191,14 @@ class FedPIA:
         return under("local", private) or dict(site.initial)
 
     def _integrated(
-        self, site: Site, shared: Tensors, held: Tensors, beta: float
+        self, site: Site, shared: Tensors, held: Tensors, beta: float, round: int | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
         """(1 - β) W_k + β W̃_G, the global adapter's units in the order of the site's own; `held`: head and own."""
         current, own = of_model(shared), under("local", held)
         if _equal(current, own):
             return own, {}, {}
-        plans = self._by_activations(site, current, own)
+        plans = self._kept(round, under("choice/client", held), current, own)
+        plans = plans or self._by_activations(site, current, own)
         turned = self._carried(current, plans)
         if self.choose and len(site.held_out):
             start, beta = self._chosen(site, held, own, [turned, current])
@@ -252,7 +260,7 @@ class FedPIA:
         if self.matching == "site":
             return self._merged(shared, answers)
         current, state = of_model(shared), under("server", shared)
-        ordered = bool(state["ordered"])
+        ordered, round = bool(state["ordered"]), int(state["round"])
         if self.iterations > 1 or self.scale == "median":
             answers = list(answers)  # the only cases in which updates are held
         if not ordered:
@@ -267,11 +275,12 @@ class FedPIA:
         fold, told, far = Fold(current), [], []
         orders: dict[str, Tensor] = {}
         for answer in answers:
-            aligned, plans = self._permuted(answer.site, answer.update.tensors, target)
+            before = under(f"match/{answer.site}", state)
+            aligned, plans = self._permuted(answer.site, answer.update.tensors, target, round, before)
             d = distances(aligned, current, self.by_layer)
             fold.add(answer.site, aligned, answer.update.weight, exponents(self.gamma * ordered, d, scale))
             far.append(({"distance": d}, answer.update.weight))
-            told.append(transport.told("server", plans, under(f"match/{answer.site}", state)))
+            told.append(transport.told("server", plans, before))
             orders |= at(f"match/{answer.site}", transport.units(plans))
         following, shares = fold.integrated(self.integration), fold.shares()
         if self.integration == "literal" and fold.kept() < SHRUNK:
@@ -281,7 +290,8 @@ class FedPIA:
                 fold.kept(),
             )
         matched = {name: order for name, order in state.items() if name.startswith("match/")} | orders
-        server = at("server", {**matched, **mean(far), "ordered": torch.tensor(True)})
+        done = {"ordered": torch.tensor(True), "round": torch.tensor(round + 1)}
+        server = at("server", {**matched, **mean(far), **done})
         metrics = {
             **_averaged(told),
             **{f"server/weight/{site}": share for site, share in shares.items()},
@@ -316,11 +326,13 @@ class FedPIA:
         rest = itertools.chain([first], answers)
         return self._permuted_of(first, drawn), list(rest) if self.iterations > 1 or self.scale == "median" else rest
 
-    def _permuted(self, site: str, own: Tensors, target: Tensors) -> tuple[dict[str, Tensor], Plans]:
+    def _permuted(
+        self, site: str, own: Tensors, target: Tensors, round: int | None = None, before: Tensors | None = None
+    ) -> tuple[dict[str, Tensor], Plans]:
         """W̃_k: a site's units in the order of the target's."""
         if self.permute in ("client", "neither") and _shapes(own) == _shapes(target):
             return dict(own), {}
-        plans = self._by_weights(own, target, site)
+        plans = self._kept(round, before or {}, own, target) or self._by_weights(own, target, site)
         return self._carried(own, plans), plans
 
     def _permuted_of(self, answer: Answer, target: Tensors) -> dict[str, Tensor]:
@@ -336,6 +348,12 @@ class FedPIA:
                 return previous
 
     # At both.
+
+    def _kept(self, round: int | None, orders: Tensors, source: Tensors, target: Tensors) -> Plans:
+        """The match of an earlier round, where it holds in this one; its gain is not measured again, and told as 0."""
+        if round is None or round % self.every == 0 or _shapes(source) != _shapes(target):
+            return {}
+        return {place: (Order(order.long()), 0.0) for place, order in orders.items()}
 
     def _by_weights(self, source: Tensors, target: Tensors, site: str) -> Plans:
         """For each place, which unit of `source` is like which of `target` in its weights."""
