@@ -9,7 +9,7 @@ from urllib.parse import quote
 import torch
 
 from fedloom import backbones, partition
-from fedloom.adapters import Bottleneck, LoRA
+from fedloom.adapters import Bottleneck, Head, LoRA
 from fedloom.backbones import Attention
 from fedloom.backbones.adaptable import Adaptable
 from fedloom.data import Dataset, Example, Pixels, Table, read
@@ -202,7 +202,9 @@ def _split(name: str, rows: Sequence[Example], data: Data, seed: int, pixels: Pi
 def _brought(name: str, recipe: Recipe, model: Adaptable) -> Tensors:
     """The adapter that a site starts from, where it is one of its own."""
     own, adapter = recipe.sites.get(name, SiteOptions()), recipe.method.adapter
-    if own.width is None and own.initial is None:
+    if (own.width is None and own.initial is None) or isinstance(
+        adapter, Head
+    ):  # a head alone is as wide as its labels
         return {}
     if not isinstance(adapter, Bottleneck | LoRA):
         raise RecipeError(
