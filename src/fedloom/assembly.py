@@ -204,7 +204,7 @@ def _brought(name: str, recipe: Recipe, model: Adaptable) -> Tensors:
     own, adapter = recipe.sites.get(name, SiteOptions()), recipe.method.adapter
     if (own.width is None and own.initial is None) or isinstance(
         adapter, Head
-    ):  # a head alone is as wide as its labels
+    ):
         return {}
     if not isinstance(adapter, Bottleneck | LoRA):
         raise RecipeError(
