@@ -202,9 +202,8 @@ def _split(name: str, rows: Sequence[Example], data: Data, seed: int, pixels: Pi
 def _brought(name: str, recipe: Recipe, model: Adaptable) -> Tensors:
     """The adapter that a site starts from, where it is one of its own."""
     own, adapter = recipe.sites.get(name, SiteOptions()), recipe.method.adapter
-    if (own.width is None and own.initial is None) or isinstance(
-        adapter, Head
-    ):
+    has_none = isinstance(adapter, Head)  # a head alone has no width but its labels
+    if has_none or (own.width is None and own.initial is None):
         return {}
     if not isinstance(adapter, Bottleneck | LoRA):
         raise RecipeError(
