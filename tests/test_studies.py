@@ -18,7 +18,7 @@ from fedloom import cli
 from fedloom.errors import RecipeError
 from fedloom.federation import visible
 from fedloom.methods import FedPIA
-from fedloom.studies import STUDIES, Result, client, conduct, gamma, page, picture, probe, recovery, write_result
+from fedloom.studies import STUDIES, Result, client, conduct, gamma, page, picture, probe, recovery, sora_overfitting, write_result
 from fedloom.studies.setting import HELD_OUT, Setting, loss, prepared
 from fedloom.studies.study import Options, Part, verdict
 from fedloom.studies.units import COSTS, agreement, matched, orders, permuted, read
@@ -96,11 +96,16 @@ def made(recipe: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Result
     monkeypatch.setattr(gamma, "SCALES", ("previous", "one"))
     monkeypatch.setattr(probe, "LARGEST", 8)
     monkeypatch.setattr(probe, "SIZES", (1, 2))
+    monkeypatch.setattr(sora_overfitting, "ROUNDS", 2)
+    monkeypatch.setattr(sora_overfitting, "EVERY", 1)
 
     def make(name: str) -> Result:
         changes = [f"{key}={value}" for key, value in SMALL.items()]
         if name == "sensitivity":
             changes += ["data.partition.sites=3", "data.partition.minimum=26"]
+        if name == "sora-overfitting":
+            changes = [change for change in changes if "std" not in change]
+            changes += ["method.adapter={kind='lora', last=2}", "backbone.towers=none"]
         return conduct(name, seeds=2, recipe=recipe, settings=changes)
 
     return make

@@ -13,7 +13,18 @@ from pathlib import Path
 from fedloom.errors import RecipeError
 from fedloom.overrides import changes
 from fedloom.store import write
-from fedloom.studies import client, costs, gamma, levels, nonmedical, probe, recovery, sensitivity, widths
+from fedloom.studies import (
+    client,
+    costs,
+    gamma,
+    levels,
+    nonmedical,
+    probe,
+    recovery,
+    sensitivity,
+    sora_overfitting,
+    widths,
+)
 from fedloom.studies.pages import page, picture
 from fedloom.studies.study import Options, Result, command
 from fedloom.tables import guess
@@ -38,6 +49,7 @@ STUDIES: Mapping[str, Study] = {
     "widths": Study(widths.QUESTION, widths.study),
     "sensitivity": Study(sensitivity.QUESTION, sensitivity.study, seeds=40),
     "nonmedical": Study(nonmedical.QUESTION, nonmedical.study),
+    "sora-overfitting": Study(sora_overfitting.QUESTION, sora_overfitting.study),
 }
 
 

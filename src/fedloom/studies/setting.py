@@ -16,6 +16,7 @@ from fedloom.engines.local import Participant
 from fedloom.errors import RecipeError
 from fedloom.federation import predict, visible
 from fedloom.methods import Method
+from fedloom.places import Adapter
 from fedloom.recipe import load
 from fedloom.site import Answer, Site
 from fedloom.studies.study import Options
@@ -44,11 +45,10 @@ class After:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Sites:
     """The sites of a recipe, each with its head fitted."""
 
     model: Adaptable
-    adapter: Bottleneck
     participants: Mapping[str, Participant]
     heads: Mapping[str, Private]
     seed: int
@@ -90,15 +90,33 @@ class Setting:
         return _averaged(found)
 
 
+@dataclass(frozen=True)
+class Setting(Sites):
+    """Sites whose adapters have hidden units to look into."""
+
+    adapter: Bottleneck
+
+
 def prepared(
     options: Options, seed: int, changes: Mapping[str, Any], sites: int | None = None, recipe: str | Path = RECIPE
 ) -> Setting:
+    """`gathered` sites; raises RecipeError where their adapter is no bottleneck."""
+    every, adapter = gathered(options, seed, changes, sites, recipe)
+    if not isinstance(adapter, Bottleneck):
+        raise RecipeError(
+            f"[method.adapter] of {options.recipe or recipe} has no hidden units; a study of them needs kind = "
+            "'bottleneck'."
+        )
+    return Setting(every.model, every.participants, every.heads, seed, adapter)
+
+
+def gathered(
+    options: Options, seed: int, changes: Mapping[str, Any], sites: int | None = None, recipe: str | Path = RECIPE
+) -> tuple[Sites, Adapter]:
     """The study's recipe with its changes and then the user's; of its sites the first few."""
     asked = load(options.recipe or recipe, {**changes, "federation.seed": seed}).altered(options.changes)
     whole = assemble(planned(asked.altered({"backbone.cache": False})))
-    adapter = whole.method.adapter
-    if not isinstance(adapter, Bottleneck):
-        raise RecipeError(f"[method.adapter] of {asked.file} has no hidden units; a study needs kind = 'bottleneck'.")
+    adapter: Adapter = whole.method.adapter
     kept = {
         name: replace(own, site=own.site.cached(adapter), test=own.site.kept(own.test, adapter))
         for name, own in list(whole.participants.items())[:sites]
@@ -106,7 +124,7 @@ def prepared(
     if sites is not None and len(kept) < sites:
         raise RecipeError(f"{asked.file} has {len(kept)} sites, and this study needs {sites}.")
     heads = {name: Private(head(own.site, {})) for name, own in kept.items()}
-    return Setting(whole.model, adapter, kept, heads, seed)
+    return Sites(whole.model, kept, heads, seed), adapter
 
 
 def measured(method: Method, site: Site, private: Private, shared: Shared, dataset: Dataset) -> dict[str, float]:
