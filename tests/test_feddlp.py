@@ -81,7 +81,7 @@ def drawn(model: Adaptable, adapter: LoRA, key: object) -> dict[str, Tensor]:
     "method",
     [
         FedDLP(pruning=None, predict_with="both"),
-        FedDLP(schedule="joint", predict_with="blend", ramp=2, lr=1e-3),
+        FedDLP(schedule="joint", predict_with="blend", ramp=2, rate=2.0),
         FedDLP(aggregation="product", predict_with="global", rank=5),
         FedDLP(aggregation="procrustes"),
         FedDLP(share="both", pruning=replace(HARD, sparsity=0.2)),
@@ -243,9 +243,8 @@ def test_when_all_ranks_die_it_is_said_once_and_the_branch_is_the_frozen_model(
     site: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     oxford = site()
-    method = FedDLP(
-        LoRA(rank=2, targets=("fc1",)), pruning=Pruning(sparsity=2.0, lr=3.0, rank=None, schedule="constant")
-    )
+    pruning = Pruning(sparsity=2.0, lr=3.0, rank=None, schedule="constant")
+    method = FedDLP(LoRA(rank=2, targets=("fc1",)), pruning=pruning, predict_with="local")
     shared, private, _ = rounds(method, [oxford], 3, tmp_path)
     (said,) = [record.getMessage() for record in caplog.records if "no rank is left" in record.getMessage()]
     assert said.startswith("site 'oxford', round 1: no rank is left at vision.0.fc1, vision.1.fc1, vision.2.fc1")
@@ -294,7 +293,7 @@ def plain_round(method: FedDLP, site: Site, shared: Shared, n: int) -> tuple[dic
     steps = {
         "gates": torch.optim.AdamW(gates or [torch.zeros(1)], lr=pruning.lr, **kind),
         "local": torch.optim.AdamW(factors, lr=lr, **kind),
-        "global": torch.optim.AdamW(leaves["global"].values(), lr=method.lr or lr, **kind),
+        "global": torch.optim.AdamW(leaves["global"].values(), lr=method.rate * lr, **kind),
     }
 
     def logits(branch: str, batch: Batch) -> Tensor:
@@ -363,7 +362,7 @@ GENTLE = Pruning(sparsity=0.01, lr=0.03, rank=None, schedule="constant")
     ("method", "task"),
     [
         (FedDLP(LoRA(rank=3), pruning=GENTLE, gamma=0.7), Classification(("cat", "dog", "bird"), head="linear")),
-        (FedDLP(LoRA(rank=3), pruning=GENTLE, gamma=0.7, lr=3e-3), PROMPTS),
+        (FedDLP(LoRA(rank=3), pruning=GENTLE, gamma=0.7, rate=1.0), PROMPTS),
         (FedDLP(LoRA(rank=3), pruning=replace(GENTLE, operator="sora"), loss="contrastive"), PROMPTS),
         (FedDLP(LoRA(rank=3), pruning=None, gamma=0.7, temperature=2.0, schedule="joint"), PROMPTS),
     ],
@@ -383,7 +382,7 @@ def test_a_round_is_plain_training_with_a_forward_for_every_use_to_the_bit(
             assert torch.equal(tensor, expected[name]), name
 
 
-def test_three_forwards_a_batch(site: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forwards_a_batch(site: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     oxford = site(training=Training(batch=6))
     calls: list[LoRA] = []
     plainly = Adaptable.__call__
@@ -393,9 +392,10 @@ def test_three_forwards_a_batch(site: Make, monkeypatch: pytest.MonkeyPatch) -> 
         return plainly(self, batch, adapter, tensors)
 
     monkeypatch.setattr(Adaptable, "__call__", counted)
-    methods = {FedDLP(): 3, FedDLP(schedule="joint"): 2, FedDLP(gamma_shared=0.0): 2, FedDLP(reuse=False): 4}
+    methods = {FedDLP(): 4, FedDLP(schedule="joint"): 2, FedDLP(gamma_shared=0.0): 3, FedDLP(reuse=True): 3}
     for method, expected in methods.items():
         calls.clear()
+        method = replace(method, predict_with="local")  # a blend is chosen by two more, of what is held out
         method.local_round(0, oxford, method.start(oxford.model, oxford.task, 1, 0), Private({}))
         assert len(calls) == expected
 
@@ -436,7 +436,7 @@ def test_another_adapter_between_forward_and_backward_loses_no_gradient(
 
 def test_without_distillation_and_gates_the_local_adapter_is_local_training(site: Make, tmp_path: Path) -> None:
     oxford = site()
-    method = FedDLP(LoRA(rank=3), gamma=0.0, gamma_shared=0.0, pruning=None)
+    method = FedDLP(LoRA(rank=3), gamma=0.0, gamma_shared=0.0, pruning=None, predict_with="local")
     _, private, _ = rounds(method, [oxford], 1, tmp_path)
     _, trained = Local(LoRA(rank=3)).local_round(0, oxford, Shared({}), Private({}))
     kept = without("opt", private["oxford"])
@@ -483,7 +483,7 @@ def test_the_moments_of_a_product_start_afresh(site: Make, tmp_path: Path) -> No
 
 def test_fresh_moments_are_not_kept(site: Make, tmp_path: Path) -> None:
     _, private, _ = rounds(FedDLP(moments="fresh"), [site()], 2, tmp_path)
-    assert {name.partition("/")[0] for name in private["oxford"]} == {"local", "head"}
+    assert {name.partition("/")[0] for name in private["oxford"]} == {"local", "head", "choice"}
 
 
 def test_nothing_local_is_sent_unless_both_are_shared(site: Make, tmp_path: Path) -> None:
@@ -562,7 +562,12 @@ def test_what_a_site_predicts_with(site: Make, predict_with: Any) -> None:
     method = FedDLP(LoRA(rank=4), predict_with=predict_with)
     mine, ours = drawn(oxford.model, method.local, "mine"), drawn(oxford.model, method.shared, "ours")
     private = Private({**at("local", mine), "choice/blend": torch.tensor(0.25)})
-    w_mine, w_ours = {"local": (1, 0), "both": (1, 1), "global": (0, 1), "blend": (0.25, 0.75)}[predict_with]
+    served = method.serve(oxford, Shared(ours), private)(whole(oxford))
+    if predict_with == "blend":
+        branches = oxford.logits(method.local, mine, whole(oxford)), oxford.logits(method.shared, ours, whole(oxford))
+        torch.testing.assert_close(served, 0.25 * branches[0] + 0.75 * branches[1])
+        return
+    w_mine, w_ours = {"local": (1, 0), "both": (1, 1), "global": (0, 1)}[predict_with]
     scaled = {
         name: t * w if name.endswith("/B") else t
         for half, own, w in (("a", mine, w_mine), ("b", ours, w_ours))
@@ -571,7 +576,6 @@ def test_what_a_site_predicts_with(site: Make, predict_with: Any) -> None:
         }.items()
     }
     expected = oxford.logits(Sum(method.local, method.shared), scaled, whole(oxford))
-    served = method.serve(oxford, Shared(ours), private)(whole(oxford))
     torch.testing.assert_close(served, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -598,7 +602,8 @@ def test_a_pruned_adapter_loads_in_hugging_face_peft_with_equal_logits(
     from peft import LoraConfig, get_peft_model
 
     oxford = site(task=PROMPTS)
-    method = FedDLP(LoRA(rank=4, targets=("q_proj", "fc1")), pruning=Pruning(sparsity=0.0, rank=2, schedule="constant"))
+    pruning = Pruning(sparsity=0.0, rank=2, schedule="constant")
+    method = FedDLP(LoRA(rank=4, targets=("q_proj", "fc1")), pruning=pruning, predict_with="local")
     shared, private, _ = rounds(method, [oxford], 2, tmp_path)
     own = by_place(lowrank.adapter(lowrank.products(under("local", private["oxford"]))))
     path = {place: f"vision_model.encoder.layers.{place.split('.')[1]}" for place in own}

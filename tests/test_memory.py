@@ -29,7 +29,7 @@ held = next(line for line in Path("/proc/self/status").read_text().splitlines() 
 print(1024 * int(held.split()[1]), sum(own.store.size() for own in engine.participants.values()))
 """
 
-# One round of ten sites of four images each, on a CLIP of ViT-B/32's shape and random weights.
+# One round of ten sites of a batch of eight images each, on a CLIP of ViT-B/32's shape and random weights.
 TEN_SITES = """
 import sys
 from pathlib import Path
@@ -54,8 +54,8 @@ model = Adaptable(CLIP(CLIPModel(CLIPConfig(text_config={"num_hidden_layers": 1}
 task = Classification(("cat", "dog", "bird"))
 Image.new("RGB", (224, 224)).save(folder / "black.png")
 pixels = Pixels(folder, model.network.decode)
-data = Dataset(tuple(Example(label, "black.png") for label in (*task.labels, "cat")), pixels)
-sites = [Site(f"{i}", model, task, data, data, Training(batch=4), 0) for i in range(10)]
+data = Dataset(tuple(Example(label, "black.png") for label in 2 * (*task.labels, "cat")), pixels)
+sites = [Site(f"{i}", model, task, data, data, Training(batch=8), 0) for i in range(10)]
 method = {"fedavg": FedAvg(adapter), "feddlp": FedDLP(adapter)}[sys.argv[2]]
 shared = method.start(model, task, 10, 0)
 states = [method.local_round(0, site, shared, Private({})) for site in sites]

@@ -18,7 +18,19 @@ from fedloom import cli
 from fedloom.errors import RecipeError
 from fedloom.federation import visible
 from fedloom.methods import FedPIA
-from fedloom.studies import STUDIES, Result, client, conduct, gamma, page, picture, probe, recovery, sora_overfitting, write_result
+from fedloom.studies import (
+    STUDIES,
+    Result,
+    client,
+    conduct,
+    gamma,
+    page,
+    picture,
+    probe,
+    recovery,
+    sora_overfitting,
+    write_result,
+)
 from fedloom.studies.setting import HELD_OUT, Setting, loss, prepared
 from fedloom.studies.study import Options, Part, verdict
 from fedloom.studies.units import COSTS, agreement, matched, orders, permuted, read

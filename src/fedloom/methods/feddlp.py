@@ -11,13 +11,13 @@ For each batch, in this order (`schedule = "alternating"`):
 1. the local adapter: gradient of L_l, Z_g a constant; Adam on the gates, the proximal step of λ; AdamW on A and B
 2. the global adapter: gradient of L_g, Z_l a constant, of the local adapter as step 1 left it; AdamW
 
-Z_g does not move in step 1, so that one forward gives it as teacher and as student (`reuse`): three forwards a batch in
-place of four, with the same bits, and both branches' activations in memory at once (ViT-B/32, batches of 16: 1.5 times
-the memory of FedAvg-LoRA; without `reuse` 1.0). `"joint"` takes both gradients at one point, from two forwards.
+Z_g does not move in step 1, so that one forward can give it as teacher and as student (`reuse`): three forwards a batch
+in place of four, with the same bits, but both branches' activations in memory at once (ViT-B/32, batches of 16: 1.5
+times the memory of FedAvg-LoRA, in place of 1.04). `"joint"` takes both gradients at one point, from two forwards.
 
 The site sends its global adapter; the server takes the mean of A and that of B, weighted by examples. Ranks whose gate
 is zero leave the local adapter at the round's end (`fedloom.pruning`). The moments of both adapters stay at the site
-and go on. What a site predicts with is its local adapter.
+and go on. A site predicts with a mean of both branches' logits, its weight chosen on the site's held-out examples.
 
 Deviations, each undone by `FedDLP.official()`, which is the authors' program:
 
@@ -25,6 +25,10 @@ Deviations, each undone by `FedDLP.official()`, which is the authors' program:
   each other, absent classes are no negatives, and a site of one class learns nothing.
 - Gates start at one, theirs from N(0, 1); the proximal step is SoRA's formula, theirs its program; over the first ten
   rounds λ rises, and the weaker half of the ranks goes; dead ranks leave, theirs stay in every tensor.
+- The global adapter is the mean of what sites make of it, and moves slowly: it learns ten times as fast (`rate`), and
+  hears less of the local one (γ_g 0.1, theirs is 1), whose sites have few classes each. At the rate of the local one it
+  is hardly trained. γ_l is 0.01 for all towers.
+- Theirs predicts with the local branch alone, in which little of the others arrives.
 
 Also ours: a task's head is private and is trained in step 1; a site without a local adapter (a newcomer, or one that
 comes late) starts from the global one, and in the first round, where that is zero, from a fresh start like all others.
@@ -58,7 +62,7 @@ from fedloom.transport import carried
 log = logging.getLogger(__name__)
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "projection")  # all linear ones of CLIP
-BLENDS = (1.0, 0.75, 0.5, 0.25, 0.0)  # weights of the local adapter that are tried; of two as good, the first
+BLENDS = (1.0, 0.75, 0.5, 0.25, 0.0)  # weights of the local branch that are tried; of two as good, the first
 
 Weight: TypeAlias = Annotated[float, Ge(0)]
 Positive: TypeAlias = Annotated[float, Gt(0)]
@@ -69,16 +73,16 @@ class FedDLP:
     adapter: LoRA = field(default_factory=lambda: LoRA(rank=4))  # the local one; pruning puts gates on it
     rank: Width = 2  # r of the global adapter, which is like the local one else
     # distillation
-    gamma: Weight = 0.1  # γ_l: how much the local adapter learns from the global one
-    gamma_shared: Weight = 1.0  # γ_g: how much the global adapter learns from the local one
+    gamma: Weight = 0.01  # γ_l: how much the local adapter learns from the global one
+    gamma_shared: Weight = 0.1  # γ_g: how much the global adapter learns from the local one
     ramp: Count = 0  # rounds over which both rise from zero
     temperature: Positive = 3.0  # T
     # training
     loss: Literal["classes", "contrastive"] = "classes"
     caption: str | None = None  # what an image is told to be in training; None: the task's template
     schedule: Literal["alternating", "joint"] = "alternating"
-    reuse: bool = True  # Z_g's forward as teacher and as student: a forward less, for one more branch in memory
-    lr: Positive | None = None  # of the global adapter; None: that of [training]
+    reuse: bool = False  # Z_g's forward as teacher and as student: a forward less, for one more branch in memory
+    rate: Positive = 10.0  # learning rate of the global adapter, in those of [training]
     moments: Literal["kept", "fresh"] = (
         "kept"  # Adam's, from round to round; with few steps a round fresh ones move more
     )
@@ -86,7 +90,8 @@ class FedDLP:
     # server and inference
     share: Literal["global", "both"] = "global"  # both: the local adapters too, pruned, for sites that have none yet
     aggregation: Literal["factors", "procrustes", "product"] = "factors"
-    predict_with: Literal["local", "both", "global", "blend"] = "local"  # both: the sum; blend: chosen on held_out
+    # both: the sum of the adapters; blend: a mean of the branches' logits, its weight chosen on held-out examples
+    predict_with: Literal["local", "both", "global", "blend"] = "blend"
 
     heads: ClassVar[Literal["private", "shared"]] = "private"
 
@@ -106,6 +111,9 @@ class FedDLP:
         return cls(
             adapter=LoRA(rank=4, alpha=16.0, targets=LAYERS, start="normal", start_gate="normal"),
             gamma=0.01,
+            gamma_shared=1.0,
+            rate=1.0,
+            predict_with="local",
             loss="contrastive",
             caption="a photo of a {}",
             pruning=Pruning(sparsity=5e-5, lr=5e-5, operator="sora", rank=None, schedule="constant", compact=False),
@@ -190,7 +198,7 @@ class FedDLP:
                 branch = site.model(batch, self.shared, free)
         student = self.lesson.logits(site.task, branch, _head(seen.tensors), batch)
         slope, value_shared = gradient(self.lesson.value(site.task, student, teacher, gamma, batch), free)
-        training = site.training if self.lr is None else replace(site.training, lr=self.lr)
+        training = replace(site.training, lr=site.training.lr * self.rate)
         return mine, descend(ours, slope, training), (value, value_shared)
 
     def _step(
@@ -244,15 +252,24 @@ class FedDLP:
         return lowrank.filled(fresh, lowrank.products(shared, self._ratio))
 
     def _predictor(self, site: Site, shared: Shared, own: Tensors, blend: float) -> Callable[[Batch], Tensor]:
-        weights = {"local": (1.0, 0.0), "both": (1.0, 1.0), "global": (0.0, 1.0), "blend": (blend, 1.0 - blend)}
-        w_own, w_shared = weights[self.predict_with]
-        if not w_shared:
+        """`blend`: the local branch's part of the logits."""
+        if self.predict_with == "both":
+            mine, given = (
+                lowrank.products(without("head", own)),
+                lowrank.products(without("local", shared), self._ratio),
+            )
+            joined = {place: lowrank.joined([(mine[place], 1.0), (given[place], 1.0)]) for place in given}
+            together = {**lowrank.adapter(joined), **_head(own)}
+            return lambda batch: site.logits(self.local, together, batch)
+        part = {"local": 1.0, "global": 0.0}.get(self.predict_with, blend)
+        ours = {**without("local", shared), **_head(own)}
+        if part == 0:
+            return lambda batch: site.logits(self.shared, ours, batch)
+        if part == 1:
             return lambda batch: site.logits(self.local, own, batch)
-        mine = lowrank.products(without("head", own), w_own)
-        given = lowrank.products(without("local", shared), w_shared * self._ratio)
-        joined = {place: lowrank.joined([(mine[place], 1.0), (given[place], 1.0)]) for place in given}
-        tensors = {**lowrank.adapter(joined), **_head(own)}
-        return lambda batch: site.logits(self.local, tensors, batch)
+        return lambda batch: torch.lerp(
+            site.logits(self.shared, ours, batch), site.logits(self.local, own, batch), part
+        )
 
     def _kept(self, site: Site, shared: Shared, mine: State) -> dict[str, Tensor]:
         own = {**at("local", without("head", mine.tensors)), **_head(mine.tensors)}
@@ -264,14 +281,19 @@ class FedDLP:
 
     @torch.no_grad()
     def _blend(self, site: Site, shared: Shared, own: Tensors) -> float:
-        """The weight of the local adapter of least loss on the site's held-out examples."""
-        losses = {}
-        for weight in BLENDS:
-            predict = self._predictor(site, shared, own, weight)
-            passes = [(predict(batch), batch.targets) for batch in site.passes(site.held_out)]
-            loss = float(site.task.loss(*(torch.cat(part) for part in zip(*passes, strict=True))))
-            losses[weight] = loss if math.isfinite(loss) else math.inf
-        return min(losses, key=lambda weight: losses[weight])
+        """The weight of the local branch of least loss on the site's held-out examples."""
+        passes = list(site.passes(site.held_out))
+        local, given = (
+            torch.cat([predict(batch) for batch in passes])
+            for predict in (self._predictor(site, shared, own, weight) for weight in (1.0, 0.0))
+        )
+        targets = torch.cat([batch.targets for batch in passes])
+
+        def loss(weight: float) -> float:
+            value = float(site.task.loss(torch.lerp(given, local, weight), targets))
+            return value if math.isfinite(value) else math.inf
+
+        return min(BLENDS, key=loss)
 
     def _pruned(self, round: int | str, site: Site, began: State, mine: State) -> State:
         if self.pruning is None:
