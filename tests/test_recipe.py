@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fedloom import data, sections, training
 from fedloom.adapters import ADAPTERS, Bottleneck, Everything, Head, LoRA
+from fedloom.assembly import planned
 from fedloom.errors import MethodError, RecipeError
 from fedloom.methods import METHODS, FedAvg
 from fedloom.overrides import dotted, leaves
@@ -434,3 +435,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, write: Callable[[st
     )
     (latin := tmp_path / "latin.toml").write_bytes("# é".encode("latin-1"))
     assert refusal(latin) == "latin.toml is not a text in UTF-8: byte 2 is 0xe9."
+
+
+def test_the_numerical_plan_is_spelled_out() -> None:
+    plans = {}
+    for dtype in ("auto", "float32", "bfloat16"):
+        backbone = planned(load("quickstart", {"backbone.dtype": dtype})).backbone
+        plans[dtype] = (backbone.dtype, backbone.attention)
+    assert plans == {"auto": plans["float32"], "float32": ("float32", "sdpa"), "bfloat16": ("bfloat16", "eager")}
+    asked = load("quickstart", {"backbone.attention": "sdpa", "backbone.dtype": "bfloat16"})
+    assert planned(asked).backbone.attention == "sdpa"

@@ -28,7 +28,8 @@ from fedloom.tasks import Classification, Task
 from fedloom.tensors import Tensors, from_bytes
 
 THREADS = 1  # of numerical work: with more, results depend on the machine, and two runs on one machine fight for it
-PLAN = {"dtype": "float32", "attention": "sdpa"}  # what `auto` stands for
+DTYPE = "float32"  # what `auto` stands for
+ATTENTION = {"float32": "sdpa", "bfloat16": "eager"}  # by dtype: the backward pass of sdpa is slow in bfloat16 on a CPU
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ class Federation:
 
 def planned(recipe: Recipe) -> Recipe:
     """The recipe with its numerical plan: what `auto` stands for here. Same plan, same bits."""
-    auto = {f"backbone.{key}": value for key, value in PLAN.items() if getattr(recipe.backbone, key) == "auto"}
-    return recipe.altered(auto)
+    asked = recipe.backbone
+    dtype = DTYPE if asked.dtype == "auto" else asked.dtype
+    attention = ATTENTION[dtype] if asked.attention == "auto" else asked.attention
+    return recipe.altered({"backbone.dtype": dtype, "backbone.attention": attention})
 
 
 def assemble(recipe: Recipe, tested: bool = True) -> Federation:
