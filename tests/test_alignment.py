@@ -18,7 +18,7 @@ from fedloom.alignment import Matching, Side
 from fedloom.errors import AdapterError
 from fedloom.places import Place
 from fedloom.tensors import generator
-from fedloom.transport import Coupling, Order, carried, width
+from fedloom.transport import Coupling, Order, carried, told, units, width
 from fedloom.transport import shuffled as at_random
 
 PLACE = Place("0.block", "block", 20, 20, 1)
@@ -256,3 +256,12 @@ def test_a_place_without_a_plan_stays() -> None:
     assert all(torch.equal(moved[name], t) for name, t in leaves.items() if name.startswith("b/"))
     assert torch.equal(moved["a/up"], leaves["a/up"].flip(1))
     assert torch.equal(moved["a/down_bias"], leaves["a/down_bias"].flip(0))
+
+
+def test_what_is_told_of_a_match() -> None:
+    plans = {"a": (Order(torch.tensor([1, 2, 0, 3])), 0.25)}
+    assert units(plans)["a"].dtype is torch.int16
+    moved = {"server/moved/a": 0.75, "server/gain/a": 0.25}
+    assert told("server", plans, {}) == moved
+    assert told("server", plans, {"a": torch.tensor([1, 0, 2, 3])}) == {**moved, "server/rematched/a": 0.5}
+    assert told("server", plans, {"a": torch.tensor([1, 0, 2])}) == moved  # a match of another width says nothing
