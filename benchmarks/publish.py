@@ -3,6 +3,7 @@
     python benchmarks/publish.py runs/quickstart quickstart --command "make demo" [--picture docs/quickstart.svg]
     python benchmarks/publish.py runs/suite/vqamed-merge vqamed-merge --command "fedloom suite vqamed-merge --seeds 0-4"
 
+Writes docs/results/README.md anew: benchmarks/found.md, then every endpoint of the protocol and all that is published.
 Writes benchmarks/results/NAME.json (the run's summary or the comparison, with the command, the commit, the machine and
 the hash of benchmarks/protocol.toml) and docs/results/NAME.md.
 """
@@ -12,14 +13,17 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from fedloom.comparisons import Comparison
+from fedloom.endpoints import judged, protocol
 from fedloom.report import comparison_table, picture, table
 from fedloom.runs import Run
 
+PERSONAL = re.compile(r"personal\.\w+\.mean")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -42,6 +46,7 @@ def main() -> None:
             arguments.picture.write_text(picture(run.summary))
     (ROOT / "benchmarks" / "results" / f"{arguments.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     (ROOT / "docs" / "results" / f"{arguments.name}.md").write_text(written)
+    (ROOT / "docs" / "results" / "README.md").write_text(index())
 
 
 def lineage() -> dict[str, str]:
@@ -72,6 +77,59 @@ def compared_page(name: str, result: dict[str, Any]) -> str:
         f"{result['machine']}. Made from `benchmarks/results/{name}.json` by `benchmarks/publish.py`.\n\n"
         f"```text\n{comparison_table(comparison)}\n```\n"
     )
+
+
+def index() -> str:
+    """The page of all results: what was found, the protocol's endpoints, the settings."""
+    contents = {
+        path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    }
+    compared = {name: content for name, content in contents.items() if "rows" in content}
+    asked = protocol(ROOT / "benchmarks" / "protocol.toml")
+    assert asked is not None
+    lines = [(ROOT / "benchmarks" / "found.md").read_text().rstrip(), "", "## The endpoints of the protocol", ""]
+    lines += [
+        "In points, with 95 % t intervals over seeds; p of the sign-flip test against the margin, of secondary ones by "
+        "Holm over all that the protocol names. `benchmarks/protocol.toml` was committed before they were run; those "
+        "that are told as added were named later, and why stands there.",
+        "",
+        "| method | endpoint | setting, view | difference | result | margin | above it | p |",
+        "| --- | --- | --- | --- | ---: | ---: | --- | ---: |",
+    ]
+    lines += [endpoint(one) for one in judged(asked.endpoints, compared)]
+    lines += [
+        "",
+        "## The settings",
+        "",
+        "Personal view, mean over sites, per cent; the page has all views and intervals.",
+        "",
+    ]
+    lines += ["| setting | seeds | rows |", "| --- | ---: | --- |"]
+    lines += [setting(name, content) for name, content in compared.items()]
+    lines += ["", "## Single runs", "", *(f"- [{name}]({name}.md)" for name in contents if name not in compared)]
+    return "\n".join(lines) + "\n"
+
+
+def endpoint(one: dict[str, Any]) -> str:
+    """A line of the protocol's table."""
+    head = f"| {one['method']} | {one['kind']} | {one['setting']}, {one['view']} | {one['of']} - {one['minus']} | "
+    if "why" in one:
+        return f"{head}not yet: {one['why']} | {100 * one['margin']:.1f} | | |"
+    mean, low, high = (100 * one[key] for key in ("mean", "low", "high"))
+    p = one["p"] if one.get("holm") is None else one["holm"]
+    above = "yes" if one["above"] else "no"
+    return f"{head}{mean:+.1f} [{low:.1f}, {high:.1f}] | {100 * one['margin']:.1f} | {above} | {p:.2f} |"
+
+
+def setting(name: str, content: dict[str, Any]) -> str:
+    """A line of the table of settings: the rows, best first."""
+    means = {}
+    for row, own in content["rows"].items():
+        values = [value for cell in own["cells"].values() for key, value in cell.items() if PERSONAL.fullmatch(key)]
+        if values:
+            means[row] = 100 * sum(values) / len(values)
+    rows = ", ".join(f"{row} {means[row]:.1f}" for row in sorted(means, key=lambda row: -means[row]))
+    return f"| [{name}]({name}.md) | {len(content['seeds'])} | {rows} |"
 
 
 if __name__ == "__main__":

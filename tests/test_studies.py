@@ -291,8 +291,8 @@ def test_too_few_sites_are_named(recipe: str) -> None:
         prepared(Options(1, recipe, SMALL), 100, {}, sites=9)
 
 
-def publisher() -> Any:
-    spec = importlib.util.spec_from_file_location("publish_study", ROOT / "benchmarks" / "publish_study.py")
+def publisher(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -305,7 +305,7 @@ def publisher() -> Any:
 
 
 def test_what_is_published_is_made_from_its_figures() -> None:
-    module = publisher()
+    module = publisher("publish_study")
     for path in sorted(module.RESULTS.glob("*.json")):
         result = Result.of(path.read_text("utf-8"))
         assert set(result.seeds) <= set(range(100, 110))
@@ -313,6 +313,10 @@ def test_what_is_published_is_made_from_its_figures() -> None:
         assert (module.PAGES / f"{path.stem}.md").read_text("utf-8") == page(result)
         assert (module.PAGES / f"{path.stem}.svg").read_text("utf-8") == picture(result)
     assert (module.PAGES / "README.md").read_text("utf-8") == module.index()
+
+
+def test_the_page_of_all_results_is_made_from_them() -> None:
+    assert (ROOT / "docs" / "results" / "README.md").read_text("utf-8") == publisher("publish").index()
 
 
 def test_the_small_easy_vqa_is_of_its_test_part_and_whole() -> None:

@@ -1,7 +1,8 @@
 """What a protocol asks, committed before the figures are made (`benchmarks/protocol.toml`), and what they answer.
 
 An endpoint is a difference of two rows in one view of one setting, and the margin above which its lower limit has to
-be. Each method has one primary endpoint; its secondary ones are a family, over which Holm's correction is taken.
+be. Each method has one primary endpoint; its secondary ones are a family, over which Holm's correction is taken; those
+that were added when others had been seen stand for themselves, and are told as such.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from fedloom.statistics import holm, interval, sign_flip
 from fedloom.store import write
 
 FILE = Path("benchmarks") / "protocol.toml"
+LATER = ("secondary", "added")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Endpoint:
     """The mean over sites of `view` in `setting`, row `of` minus row `minus`, against a margin; all are fractions."""
 
     method: str
-    kind: str  # primary or secondary
+    kind: str  # primary, secondary, or added after others were seen
     setting: str
     view: str
     of: str
@@ -57,7 +59,8 @@ def protocol(file: Path | None) -> Protocol | None:
             Endpoint(method, kind, one["setting"], one["view"], one["of"], one["minus"], one["margin"] / 100)
             for method, table in said.items()
             if "primary" in table
-            for kind, one in [("primary", table["primary"]), *(("secondary", s) for s in table.get("secondary", ()))]
+            for kind, every in [("primary", [table["primary"]]), *((k, table.get(k, ())) for k in LATER)]
+            for one in every
         ]
     except OSError as e:
         raise RecipeError(f"the protocol '{path}' cannot be read: {e.strerror}.") from None
