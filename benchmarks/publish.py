@@ -32,9 +32,11 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("name")
     parser.add_argument("--command", required=True, help="what made the run")
+    parser.add_argument("--commit", help="at which it was made, where it is not this one")
     parser.add_argument("--picture", type=Path, help="an SVG to draw")
     arguments = parser.parse_args()
     result: dict[str, Any] = {"command": arguments.command, **lineage()}
+    result["commit"] = arguments.commit or result["commit"]
     if (compared := arguments.run / "comparison.json").is_file():
         result |= json.loads(compared.read_text())
         written = compared_page(arguments.name, result)
