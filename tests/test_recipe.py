@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedloom import data, sections, training
 from fedloom.adapters import ADAPTERS, Bottleneck, Everything, Head, LoRA
-from fedloom.assembly import planned
+from fedloom.assembly import assemble, planned
 from fedloom.errors import MethodError, RecipeError
 from fedloom.methods import METHODS, FedAvg
 from fedloom.overrides import dotted, leaves
@@ -445,3 +445,9 @@ def test_the_numerical_plan_is_spelled_out() -> None:
     assert plans == {"auto": plans["float32"], "float32": ("float32", "sdpa"), "bfloat16": ("bfloat16", "eager")}
     asked = load("quickstart", {"backbone.attention": "sdpa", "backbone.dtype": "bfloat16"})
     assert planned(asked).backbone.attention == "sdpa"
+
+
+def test_who_comes_late_comes_in_the_last_round_of_a_row_that_has_one() -> None:
+    recipe = load("quickstart", {"sites.site-01.joins": 2, "federation.rounds": 3})
+    joins = {row: assemble(planned(recipe.row(row))).schedule.joins for row in ("local", "majority")}
+    assert joins == {"local": {"site-01": 2}, "majority": {"site-01": 0}}

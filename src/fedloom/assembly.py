@@ -259,7 +259,8 @@ def _schedule(
         raise RecipeError(f"{recipe.file} makes newcomers of all {len(newcomers)} sites; leave one to take part.")
     _known(recipe.sites, [*participants, *newcomers], recipe)
     options = recipe.federation
-    joins = {name: own.joins for name, own in recipe.sites.items() if own.joins}
+    # A row of one round, as that of the frozen model, is of all sites: who comes late comes in the last round.
+    joins = {name: min(own.joins, options.rounds - 1) for name, own in recipe.sites.items() if own.joins}
     return Schedule(tuple(participants), options.rounds, options.seed, options.participation, options.quorum, joins)
 
 

@@ -130,7 +130,7 @@ class Reference:
 class SiteOptions:
     """[sites.NAME]: how one site differs."""
 
-    joins: Count = 0  # the first round that asks it, the first of all being 0
+    joins: Count = 0  # the first round that asks it, the first of all being 0; at the latest the last one
     width: Positive | None = None  # of its own adapter: hidden units, or ranks; "none": that of [method.adapter]
     initial: str | None = None  # a safetensors file with the adapter that it brings, trained elsewhere
 
