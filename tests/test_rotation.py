@@ -60,7 +60,8 @@ def test_one_update_in_two_bases_is_brought_together_by_rotation(seed: int) -> N
 
 def test_an_update_of_zero_can_be_turned() -> None:
     fresh = {"p/A": torch.randn(4, 20, generator=generator(1)), "p/B": torch.zeros(20, 4)}
-    found, _ = rotation.turned(fresh, fresh)["p"]
+    found, gained = rotation.turned(fresh, fresh)["p"]
+    assert gained == 0
     moved = carried(fresh, {"p": (found, 0.0)}, LORA.symmetry)
     assert all(tensor.isfinite().all() for tensor in moved.values())
 
