@@ -81,7 +81,7 @@ def drawn(model: Adaptable, adapter: LoRA, key: object) -> dict[str, Tensor]:
     "method",
     [
         FedDLP(pruning=None, predict_with="both"),
-        FedDLP(schedule="joint", predict_with="blend", ramp=2, rate=2.0),
+        FedDLP(schedule="joint", predict_with="blend", ramp=2, lr=2e-3),
         FedDLP(aggregation="product", predict_with="global", rank=5),
         FedDLP(aggregation="procrustes"),
         FedDLP(share="both", pruning=replace(HARD, sparsity=0.2)),
@@ -293,7 +293,7 @@ def plain_round(method: FedDLP, site: Site, shared: Shared, n: int) -> tuple[dic
     steps = {
         "gates": torch.optim.AdamW(gates or [torch.zeros(1)], lr=pruning.lr, **kind),
         "local": torch.optim.AdamW(factors, lr=lr, **kind),
-        "global": torch.optim.AdamW(leaves["global"].values(), lr=method.rate * lr, **kind),
+        "global": torch.optim.AdamW(leaves["global"].values(), lr=method.lr or lr, **kind),
     }
 
     def logits(branch: str, batch: Batch) -> Tensor:
@@ -362,7 +362,7 @@ GENTLE = Pruning(sparsity=0.01, lr=0.03, rank=None, schedule="constant")
     ("method", "task"),
     [
         (FedDLP(LoRA(rank=3), pruning=GENTLE, gamma=0.7), Classification(("cat", "dog", "bird"), head="linear")),
-        (FedDLP(LoRA(rank=3), pruning=GENTLE, gamma=0.7, rate=1.0), PROMPTS),
+        (FedDLP(LoRA(rank=3), pruning=GENTLE, gamma=0.7, lr=3e-3), PROMPTS),
         (FedDLP(LoRA(rank=3), pruning=replace(GENTLE, operator="sora"), loss="contrastive"), PROMPTS),
         (FedDLP(LoRA(rank=3), pruning=None, gamma=0.7, temperature=2.0, schedule="joint"), PROMPTS),
     ],

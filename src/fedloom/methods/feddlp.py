@@ -25,10 +25,12 @@ Deviations, each undone by `FedDLP.official()`, which is the authors' program:
   each other, absent classes are no negatives, and a site of one class learns nothing.
 - Gates start at one, theirs from N(0, 1); the proximal step is SoRA's formula, theirs its program; over the first ten
   rounds λ rises, and the weaker half of the ranks goes; dead ranks leave, theirs stay in every tensor.
-- The global adapter is the mean of what sites make of it, and moves slowly: it learns ten times as fast (`rate`), and
-  hears less of the local one (γ_g 0.1, theirs is 1), whose sites have few classes each. At the rate of the local one it
-  is hardly trained. γ_l is 0.01 for all towers.
-- Theirs predicts with the local branch alone, in which little of the others arrives.
+- The global adapter hears less of the local one, whose sites have few classes each: γ_g is 0.1, theirs 1. γ_l is 0.01
+  for all towers.
+- Theirs predicts with the local branch alone, in which little of what others know arrives.
+
+Moments that go on take smaller steps than fresh ones, and a mean of sites' steps is smaller than each: with few steps a
+round FedDLP wants a greater learning rate than training alone, three times that on our photos.
 
 Also ours: a task's head is private and is trained in step 1; a site without a local adapter (a newcomer, or one that
 comes late) starts from the global one, and in the first round, where that is zero, from a fresh start like all others.
@@ -82,7 +84,7 @@ class FedDLP:
     caption: str | None = None  # what an image is told to be in training; None: the task's template
     schedule: Literal["alternating", "joint"] = "alternating"
     reuse: bool = False  # Z_g's forward as teacher and as student: a forward less, for one more branch in memory
-    rate: Positive = 10.0  # learning rate of the global adapter, in those of [training]
+    lr: Positive | None = None  # of the global adapter; None: that of [training]
     moments: Literal["kept", "fresh"] = (
         "kept"  # Adam's, from round to round; with few steps a round fresh ones move more
     )
@@ -112,7 +114,6 @@ class FedDLP:
             adapter=LoRA(rank=4, alpha=16.0, targets=LAYERS, start="normal", start_gate="normal"),
             gamma=0.01,
             gamma_shared=1.0,
-            rate=1.0,
             predict_with="local",
             loss="contrastive",
             caption="a photo of a {}",
@@ -198,7 +199,7 @@ class FedDLP:
                 branch = site.model(batch, self.shared, free)
         student = self.lesson.logits(site.task, branch, _head(seen.tensors), batch)
         slope, value_shared = gradient(self.lesson.value(site.task, student, teacher, gamma, batch), free)
-        training = replace(site.training, lr=site.training.lr * self.rate)
+        training = site.training if self.lr is None else replace(site.training, lr=self.lr)
         return mine, descend(ours, slope, training), (value, value_shared)
 
     def _step(
