@@ -106,7 +106,7 @@ def index() -> str:
         "Personal view, mean over sites, per cent; the page has all views and intervals.",
         "",
     ]
-    lines += ["| setting | seeds | rows |", "| --- | ---: | --- |"]
+    lines += ["| setting | seeds | protocol | rows |", "| --- | ---: | --- | --- |"]
     lines += [setting(name, content) for name, content in compared.items()]
     lines += ["", "## Single runs", "", *(f"- [{name}]({name}.md)" for name in contents if name not in compared)]
     return "\n".join(lines) + "\n"
@@ -114,7 +114,10 @@ def index() -> str:
 
 def endpoint(one: dict[str, Any]) -> str:
     """A line of the protocol's table."""
-    head = f"| {one['method']} | {one['kind']} | {one['setting']}, {one['view']} | {one['of']} - {one['minus']} | "
+    worst = "" if one["figure"] == "mean" else ", worst fifth"
+    head = (
+        f"| {one['method']} | {one['kind']} | {one['setting']}, {one['view']}{worst} | {one['of']} - {one['minus']} | "
+    )
     if "why" in one:
         return f"{head}not yet: {one['why']} | {100 * one['margin']:.1f} | | |"
     mean, low, high = (100 * one[key] for key in ("mean", "low", "high"))
@@ -131,7 +134,7 @@ def setting(name: str, content: dict[str, Any]) -> str:
         if values:
             means[row] = 100 * sum(values) / len(values)
     rows = ", ".join(f"{row} {means[row]:.1f}" for row in sorted(means, key=lambda row: -means[row]))
-    return f"| [{name}]({name}.md) | {len(content['seeds'])} | {rows} |"
+    return f"| [{name}]({name}.md) | {len(content['seeds'])} | {content['protocol'][:7]} | {rows} |"
 
 
 if __name__ == "__main__":

@@ -393,6 +393,7 @@ def test_forwards_a_batch(site: Make, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Adaptable, "__call__", counted)
     methods = {FedDLP(): 4, FedDLP(schedule="joint"): 2, FedDLP(gamma_shared=0.0): 3, FedDLP(reuse=True): 3}
+    methods[FedDLP(gamma=0.0)] = 3
     for method, expected in methods.items():
         calls.clear()
         method = replace(method, predict_with="local")  # a blend is chosen by two more, of what is held out

@@ -19,7 +19,7 @@ from fedloom.federation import Engine, Round, Schedule, federate, predict, site_
 from fedloom.methods import FedAvg, Method
 from fedloom.site import Answer, Reply, Silence, Site, Update
 from fedloom.store import Store
-from fedloom.tensors import Private, Shared, mean, to_bytes
+from fedloom.tensors import Private, Shared, to_bytes
 
 ROSTER = ("ada", "bob", "cyd", "dan")
 METHOD = FedAvg(LoRA(rank=2))
@@ -116,21 +116,13 @@ def test_a_weight_that_is_none_is_refused(weight: float) -> None:
     assert f"the weight {weight}" in ended.silent["bob"]
 
 
-def test_what_a_method_sends_on_purpose_may_come_beside() -> None:
+def test_a_name_too_many_is_refused_also_under_what_a_method_sends() -> None:
     class Publishing(FedAvg):
         sends = frozenset({"local"})
 
-        def aggregate(self, shared: Shared, answers: Iterable[Answer]) -> tuple[Shared, Mapping[str, float]]:
-            told = [(a.update.tensors, a.update.weight) for a in answers]
-            return Shared(mean(({"0.q/A": t["0.q/A"] + t.get("local/x", 0)}, w) for t, w in told)), {"told": len(told)}
-
-    engine = Scripted({"bob": {"0.q/A": torch.zeros(2, 3), "local/x": torch.ones(())}})
-    (ended,) = run(engine, Publishing(), roster=("bob",))
-    assert torch.equal(ended.shared["0.q/A"], torch.ones(2, 3))
-    assert ended.metrics == {"told": 1}
-    bad = Scripted({"bob": {"0.q/A": torch.zeros(2, 3), "local/x": torch.tensor(torch.nan)}})
-    with pytest.raises(QuorumError, match="'local/x' with values that are not finite"):
-        run(bad, Publishing(), roster=("bob",))
+    engine = Scripted({"bob": {"0.q/A": torch.zeros(2, 3), "local/junk": torch.ones(())}})
+    with pytest.raises(QuorumError, match="sent 'local/junk', which does not fit"):
+        run(engine, Publishing(), roster=("bob",))
 
 
 WIDE = {"0.block/down": torch.zeros(5, 8), "0.block/down_bias": torch.zeros(5), "0.block/up": torch.zeros(8, 5)}

@@ -26,7 +26,7 @@ from fedloom.methods import FedAvg, FedPIA, Local
 from fedloom.site import Answer, Site, Update
 from fedloom.store import Store
 from fedloom.tasks import Classification, Detection
-from fedloom.tensors import Private, Shared, at, by_place, generator, mean, to_bytes, under
+from fedloom.tensors import Private, Shared, Tensors, at, by_place, generator, mean, to_bytes, under
 
 ADAPTER = Bottleneck(6, std=0.3)
 PIA = FedPIA(ADAPTER, probe=1, beta=(0.5,))
@@ -429,6 +429,69 @@ def test_what_is_told_of_a_round(tmp_path: Path) -> None:
     at_site = ended[-1].answers["site-0"].update.metrics
     assert {f"client/moved/{place}" for place in places} <= at_site.keys()
     assert {f"client/rematched/{place}" for place in places} <= at_site.keys()
+
+
+def lora(model: Adaptable, key: int, rank: int = 3) -> dict[str, Tensor]:
+    rng = generator("lora", key)
+    return {name: 0.3 * torch.randn(t.shape, generator=rng) for name, t in model.init(LoRA(rank), 0).items()}
+
+
+def products(tensors: Tensors) -> dict[str, Tensor]:
+    return {place: own["B"] @ own["A"] for place, own in by_place(tensors).items()}
+
+
+def in_another_basis(tensors: Tensors, key: int) -> dict[str, Tensor]:
+    new = {}
+    for place, own in by_place(tensors).items():
+        n = own["A"].shape[0]
+        M = torch.randn(n, n, generator=generator("basis", key, place)) + 3 * torch.eye(n)
+        new |= {f"{place}/A": M @ own["A"], f"{place}/B": own["B"] @ torch.linalg.inv(M)}
+    return new
+
+
+def test_rotations_average_and_blend_equal_updates_to_themselves(tmp_path: Path) -> None:
+    site, *_ = federation()
+    method = FedPIA(LoRA(3), solver="procrustes", gamma=0.0, beta=(0.5,), probe=1)
+    own = lora(site.model, 1)
+    shared = method.start(site.model, COLOURS, 3, 0)
+    given = [Answer(f"s{i}", Update(Shared(in_another_basis(own, i)), 1.0, 1)) for i in range(3)]
+    after, _ = method.aggregate(shared, given)
+    for place, expected in products(own).items():
+        torch.testing.assert_close(products(adapter_of(after))[place], expected, rtol=1e-3, atol=1e-4)
+    held = at("local", in_another_basis(own, 7))
+    blended, _, _ = method._integrated(site, after, held, 0.5)
+    for place, expected in products(own).items():
+        torch.testing.assert_close(products(blended)[place], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_rotations_in_the_first_round_are_no_worse_than_the_plain_mean(tmp_path: Path) -> None:
+    site, *_ = federation()
+    starts = FedPIA(LoRA(3)).start(site.model, COLOURS, 5, 0)
+    fresh, updates = adapter_of(starts), []
+    for i in range(5):
+        moved = lora(site.model, i)
+        updates.append({n: t + 0.1 * moved[n] for n, t in fresh.items()})
+    off = {}
+    for name, method in {
+        "turned": FedPIA(LoRA(3), solver="procrustes", gamma=0.0),
+        "plain": FedPIA(LoRA(3), permute="neither", gamma=0.0),
+    }.items():
+        answers = [Answer(f"s{i}", Update(Shared(own), 1.0, 1)) for i, own in enumerate(updates)]
+        after, _ = method.aggregate(method.start(site.model, COLOURS, 5, 0), answers)
+        true = {place: sum(products(own)[place] for own in updates) / 5 for place in products(fresh)}
+        found = products(adapter_of(after))
+        off[name] = sum(float((found[p] - t).norm() / t.norm()) for p, t in true.items())
+    assert off["turned"] < 1.5 * off["plain"]
+
+
+def test_rotations_bring_other_ranks_together() -> None:
+    site, *_ = federation()
+    method = FedPIA(LoRA(4), solver="procrustes", gamma=0.0)
+    shared = method.start(site.model, COLOURS, 2, 0)
+    narrow = lora(site.model, 1, rank=2)
+    after, _ = method.aggregate(shared, [Answer("a", Update(Shared(narrow), 1.0, 1))])
+    for place, expected in products(narrow).items():
+        torch.testing.assert_close(products(adapter_of(after))[place], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_between_two_matchings_the_last_one_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,10 +49,11 @@ def test_one_update_in_two_bases_is_brought_together_by_rotation(seed: int) -> N
     leaves = drawn(LORA, seed)
     M = torch.randn(6, 6, generator=generator(seed, "basis")) + 3 * torch.eye(6)
     other = {"A": M @ leaves["A"], "B": leaves["B"] @ torch.linalg.inv(M)}
-    (found, _) = rotation.turned({f"p/{k}": t for k, t in other.items()}, {f"p/{k}": t for k, t in leaves.items()})["p"]
+    even = rotation.balanced(leaves)
+    (found, _) = rotation.turned({f"p/{k}": t for k, t in other.items()}, {f"p/{k}": t for k, t in even.items()})["p"]
     assert isinstance(found, Rotation)
     torch.testing.assert_close(found.matrix @ found.matrix.T, torch.eye(6, dtype=torch.float64))
-    back, even = found.moved(other, LORA.symmetry), rotation.balanced(leaves)
+    back = found.moved(other, LORA.symmetry)
     for leaf in ("A", "B"):
         torch.testing.assert_close(back[leaf], even[leaf], rtol=1e-2, atol=2e-3)
     torch.testing.assert_close(product(back), product(leaves), rtol=1e-3, atol=1e-3)
@@ -61,7 +62,7 @@ def test_one_update_in_two_bases_is_brought_together_by_rotation(seed: int) -> N
 def test_an_update_of_zero_can_be_turned() -> None:
     fresh = {"p/A": torch.randn(4, 20, generator=generator(1)), "p/B": torch.zeros(20, 4)}
     found, gained = rotation.turned(fresh, fresh)["p"]
-    assert gained == 0
+    assert gained is None  # it is not measured
     moved = carried(fresh, {"p": (found, 0.0)}, LORA.symmetry)
     assert all(tensor.isfinite().all() for tensor in moved.values())
 
@@ -83,3 +84,12 @@ def test_ranks_that_an_update_does_not_need_are_zeros() -> None:
     torch.testing.assert_close(product(even), product(leaves), rtol=1e-4, atol=1e-4)
     assert not even["A"][2:].any()
     assert not even["B"][:, 2:].any()
+
+
+@pytest.mark.parametrize("rank", [3, 6, 8])
+def test_another_rank_comes_to_that_of_the_target(rank: int) -> None:
+    leaves, target = drawn(LoRA(rank), 5), drawn(LORA, 6)
+    turned = rotation.rotated(leaves, target).moved(leaves, LORA.symmetry)
+    assert {leaf: t.shape for leaf, t in turned.items()} == {leaf: t.shape for leaf, t in target.items()}
+    left, sizes, right = torch.linalg.svd(product(leaves))
+    torch.testing.assert_close(product(turned), left[:, :6] * sizes[:6] @ right[:6], rtol=1e-4, atol=1e-4)

@@ -261,6 +261,10 @@ def _schedule(
     options = recipe.federation
     # A row of one round, as that of the frozen model, is of all sites: who comes late comes in the last round.
     joins = {name: min(own.joins, options.rounds - 1) for name, own in recipe.sites.items() if own.joins}
+    if min((joins.get(name, 0) for name in participants), default=0):
+        raise RecipeError(
+            f"all sites of {recipe.file} come late, none takes part in the first round; let one join at 0."
+        )
     return Schedule(tuple(participants), options.rounds, options.seed, options.participation, options.quorum, joins)
 
 

@@ -62,7 +62,9 @@ class Lesson:
         return logits if self.loss == "classes" else pairs(logits, batch.targets)
 
     def value(self, task: Task, student: Tensor, teacher: Tensor, gamma: float, batch: Batch) -> Tensor:
-        """CE + γ KL, a scalar."""
+        """CE + γ KL, a scalar; 0 of a batch without a pair."""
+        if not student.numel():
+            return student.sum()
         if self.loss == "contrastive":
             ce = contrast(student)
             return ce + gamma * divergence_of_pairs(student, teacher, self.temperature) if gamma else ce

@@ -25,7 +25,7 @@ LATER = ("secondary", "added")
 
 @dataclass(frozen=True)
 class Endpoint:
-    """The mean over sites of `view` in `setting`, row `of` minus row `minus`, against a margin; all are fractions."""
+    """A figure of `view` in `setting`, row `of` minus row `minus`, against a margin; all are fractions."""
 
     method: str
     kind: str  # primary, secondary, or added after others were seen
@@ -34,6 +34,7 @@ class Endpoint:
     of: str
     minus: str
     margin: float  # points in the file
+    figure: str = "mean"  # over sites, or worst_fifth: the mean of the worst fifth
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,10 @@ def protocol(file: Path | None) -> Protocol | None:
         content = path.read_bytes()
         said = tomllib.loads(content.decode())
         endpoints = [
-            Endpoint(method, kind, one["setting"], one["view"], one["of"], one["minus"], one["margin"] / 100)
+            Endpoint(
+                *(method, kind, one["setting"], one["view"], one["of"], one["minus"], one["margin"] / 100),
+                figure=one.get("figure", "mean"),
+            )
             for method, table in said.items()
             if "primary" in table
             for kind, every in [("primary", [table["primary"]]), *((k, table.get(k, ())) for k in LATER)]
@@ -114,7 +118,7 @@ def _measured(one: Endpoint, content: Mapping[str, Any] | None) -> dict[str, Any
         return {"why": f"'{gone[0]}' was not run"}
     of, minus = (content["rows"][row]["cells"] for row in (one.of, one.minus))
     names = dict.fromkeys(name for cell in of.values() for name in cell)
-    figures = [name for name in names if name.startswith(f"{one.view}.") and name.endswith(".mean")]
+    figures = [name for name in names if name.startswith(f"{one.view}.") and name.endswith(f".{one.figure}")]
     if len(figures) != 1:
         return {"why": f"{one.view} has {len(figures)} tasks; an endpoint is of one"}
     (figure,) = figures

@@ -95,7 +95,7 @@ def _one_round(federation: Federation, own: Participant, shared: Shared) -> tupl
     """Seconds a step, and what a site sends and keeps."""
     method, training = federation.method, replace(own.site.training, epochs=1, warmup_head=0)
     few = own.site.train[: training.batch * STEPS]
-    site = replace(own.site, train=few, training=training)
+    site = replace(own.site, train=few, held_out=own.site.held_out[:0], training=training)
     method.local_round(
         0, site, visible(shared), Private({})
     )  # the first pass also decodes images and encodes candidates
@@ -121,7 +121,9 @@ def _flops(federation: Federation, own: Participant, shared: Shared) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     training = replace(own.site.training, epochs=1, warmup_head=0)
-    site = replace(own.site, train=own.site.train[: training.batch], training=training)
+    # Without what is held out, on which a method may choose once a round.
+    nothing = own.site.held_out[:0]
+    site = replace(own.site, train=own.site.train[: training.batch], held_out=nothing, training=training)
     with FlopCounterMode(display=False) as counter:
         federation.method.local_round(0, site, visible(shared), Private({}))
     return int(counter.get_total_flops())

@@ -140,28 +140,25 @@ def admit(answer: Answer, shared: Shared, method: Method) -> None:
     """Nothing that a site sends is trusted: names, shapes, dtypes and finiteness are those of `shared`, or it is
     refused. What is given/ in `shared` does not come back.
 
-    Names under what the method `sends` on purpose may come beside them. A method whose `any_width` is true may be sent
-    adapters of another width: the axes that its adapter's symmetry names may differ, alike in all tensors of a place,
-    and up to the width of the layer.
+    A method whose `any_width` is true may be sent adapters of another width: the axes that its adapter's symmetry names
+    may differ, alike in all tensors of a place, and up to the width of the layer.
 
     raises UpdateError: naming the site
     """
     expected = without("given", visible(shared))
     tensors = answer.update.tensors
-    beside = {name for name in tensors if name not in expected and name.partition("/")[0] in method.sends}
-    if wrong := (tensors.keys() ^ expected.keys()) - beside:
+    if wrong := tensors.keys() ^ expected.keys():
         state = "sent" if min(wrong) in tensors else "did not send"
         raise UpdateError(f"site '{answer.site}' {state} '{min(wrong)}', which does not fit what it was given.")
     symmetry = getattr(method.adapter, "symmetry", {}) if getattr(method, "any_width", False) else {}
     widths: dict[str, int] = {}
     for name, tensor in tensors.items():
-        if name in expected:
-            shape = expected_shape(name, tensor, expected[name], symmetry, widths)
-            if (tensor.shape, tensor.dtype) != (shape, expected[name].dtype):
-                raise UpdateError(
-                    f"site '{answer.site}' sent '{name}' as {tuple(tensor.shape)} {tensor.dtype}, expected "
-                    f"{tuple(shape)} {expected[name].dtype}: its backbone or its adapter is another one."
-                )
+        shape = expected_shape(name, tensor, expected[name], symmetry, widths)
+        if (tensor.shape, tensor.dtype) != (shape, expected[name].dtype):
+            raise UpdateError(
+                f"site '{answer.site}' sent '{name}' as {tuple(tensor.shape)} {tensor.dtype}, expected "
+                f"{tuple(shape)} {expected[name].dtype}: its backbone or its adapter is another one."
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise UpdateError(f"site '{answer.site}' sent '{name}' with values that are not finite.")
     if not (math.isfinite(answer.update.weight) and answer.update.weight >= 0):

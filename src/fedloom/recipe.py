@@ -47,11 +47,17 @@ ROWS: Mapping[str, Table] = {  # of every comparison: baselines that are configu
     "fedavg-ia3": {"method": {"name": "fedavg", "adapter": {"kind": "ia3"}}},
     "fedavg-lora": {"method": {"name": "fedavg", "adapter": {"kind": "lora"}}},
     "fedavg-lora-r2": {"method": {"name": "fedavg", "adapter": {"kind": "lora", "rank": 2}}},
+    "fedavg-lora-r2-untuned": {
+        "method": {"name": "fedavg", "adapter": {"kind": "lora", "rank": 2}},
+        "training": {"finetune": 0},
+    },
     "fedavg-norms": {"method": {"name": "fedavg", "adapter": {"kind": "norms"}}},
     "fedavg-prompt": {"method": {"name": "fedavg", "adapter": {"kind": "prompt"}}},
     "fedavgm": {"method": {"name": "fedopt", "server": "momentum", "eta": 1.0}},
     "fedclip": {"method": {"name": "fedavg", "adapter": {"kind": "attention"}}},
     "feddlp": {"method": {"name": "feddlp", "adapter": {"kind": "lora"}}},
+    "feddlp-global": {"method": {"name": "feddlp", "adapter": {"kind": "lora"}, "predict_with": "global"}},
+    "feddlp-local": {"method": {"name": "feddlp", "adapter": {"kind": "lora"}, "predict_with": "local"}},
     "feddlp-no-distillation": {
         "method": {"name": "feddlp", "adapter": {"kind": "lora"}, "gamma": 0.0, "gamma_shared": 0.0}
     },

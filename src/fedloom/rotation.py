@@ -11,18 +11,18 @@ from torch import Tensor
 
 from fedloom import lowrank
 from fedloom.places import Symmetry
-from fedloom.tensors import Tensors, by_place
+from fedloom.tensors import Tensors, at, by_place
 from fedloom.transport import Plans, along
 
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """An orthogonal map (r, r) of balanced factors; what it moves is balanced first."""
+    """An orthogonal map (r, r) of balanced factors; what it moves is balanced first, and brought to r ranks."""
 
     matrix: Tensor
 
     def moved(self, leaves: Tensors, symmetry: Symmetry) -> dict[str, Tensor]:
-        return along(self._turned, balanced(leaves), symmetry)
+        return along(self._turned, balanced(leaves, len(self.matrix)), symmetry)
 
     def _turned(self, tensor: Tensor, axis: int) -> Tensor:
         if tensor.dim() == 1:  # gates, which balancing has folded in
@@ -39,25 +39,33 @@ def rotated(source: Tensors, target: Tensors) -> Rotation:
 
     .. math:: A_G A_k^\top + B_G^\top B_k = U S V^\top, \qquad R = U V^\top, \qquad A_k \to R A_k, \; B_k \to B_k R^\top
 
-    source, target: the leaves of one place, of one rank; `target` as it is
+    source, target: the leaves of one place; `target` as it is, and `source` at its rank
     """
-    own = balanced(source)
+    own = balanced(source, target["A"].shape[0])
     cross = target["A"].double() @ own["A"].double().T + target["B"].double().T @ own["B"].double()
     u, _, vh = torch.linalg.svd(cross)
     return Rotation(u @ vh)
 
 
 def turned(source: Tensors, target: Tensors) -> Plans:
-    """For each place, the rotation of the factors of `source` to the balanced ones of `target`."""
+    """For each place, the rotation of the balanced factors of `source` to those of `target` as they are."""
     targets = by_place(target)
-    return {place: (rotated(leaves, balanced(targets[place])), 0.0) for place, leaves in by_place(source).items()}
+    return {place: (rotated(leaves, targets[place]), None) for place, leaves in by_place(source).items()}
 
 
-def balanced(leaves: Tensors) -> dict[str, Tensor]:
-    """The same update of the same rank in balanced factors (`lowrank.balanced`), gates folded in; ranks that it does
-    not need are zeros."""
-    B, A = lowrank.balanced(lowrank.folded(leaves))
-    free = leaves["A"].shape[0] - A.shape[0]
+def evened(tensors: Tensors) -> dict[str, Tensor]:
+    """A whole LoRA in balanced factors."""
+    return {name: t for place, leaves in by_place(tensors).items() for name, t in at(place, balanced(leaves)).items()}
+
+
+def balanced(leaves: Tensors, rank: int | None = None) -> dict[str, Tensor]:
+    """The same update in balanced factors (`lowrank.balanced`), gates folded in; ranks that it does not need are zeros.
+
+    rank: of another number of ranks, the best of them; None: of as many as it has
+    """
+    rank = leaves["A"].shape[0] if rank is None else rank
+    B, A = lowrank.balanced(lowrank.folded(leaves), rank)
+    free = rank - A.shape[0]
     even = {"A": torch.cat([A, A.new_zeros(free, A.shape[1])]), "B": torch.cat([B, B.new_zeros(B.shape[0], free)], 1)}
     if "gate" in leaves:
         even["gate"] = torch.ones(len(even["A"]))

@@ -68,7 +68,7 @@ class Coupling:
         return self.plan.argmax(0)
 
 
-Plans: TypeAlias = Mapping[str, tuple[Plan, float]]  # place -> plan, its gain over the identity
+Plans: TypeAlias = Mapping[str, tuple[Plan, float | None]]  # place -> plan, its gain over the identity where measured
 
 
 def along(move: Callable[[Tensor, int], Tensor], leaves: Tensors, symmetry: Symmetry) -> dict[str, Tensor]:
@@ -117,7 +117,8 @@ def told(level: str, plans: Plans, before: Tensors) -> dict[str, float]:
     figures = {}
     for place, order in units(plans).items():
         figures[f"{level}/moved/{place}"] = float((order != torch.arange(len(order))).float().mean())
-        figures[f"{level}/gain/{place}"] = plans[place][1]
+        if (gain := plans[place][1]) is not None:
+            figures[f"{level}/gain/{place}"] = gain
         if place in before and before[place].shape == order.shape:
             figures[f"{level}/rematched/{place}"] = float((order != before[place]).float().mean())
     return figures

@@ -17,7 +17,8 @@ times the memory of FedAvg-LoRA, in place of 1.04). `"joint"` takes both gradien
 
 The site sends its global adapter; the server takes the mean of A and that of B, weighted by examples. Ranks whose gate
 is zero leave the local adapter at the round's end (`fedloom.pruning`). The moments of both adapters stay at the site
-and go on. A site predicts with a mean of both branches' logits, its weight chosen on the site's held-out examples.
+and go on. A site predicts with a mean of both branches' logits; its weight is chosen on the site's held-out examples,
+with the global adapter that the site was given. Where nothing is held out, the local branch predicts alone.
 
 Deviations, each undone by `FedDLP.official()`, which is the authors' program:
 
@@ -29,8 +30,8 @@ Deviations, each undone by `FedDLP.official()`, which is the authors' program:
   for all towers.
 - Theirs predicts with the local branch alone, in which little of what others know arrives.
 
-Moments that go on take smaller steps than fresh ones, and a mean of sites' steps is smaller than each: with few steps a
-round FedDLP wants a greater learning rate than training alone, three times that on our photos.
+Moments that go on take smaller steps than fresh ones: with few steps a round, FedDLP wants the greater of the learning
+rates that training alone is content with.
 
 Also ours: a task's head is private and is trained in step 1; a site without a local adapter (a newcomer, or one that
 comes late) starts from the global one, and in the first round, where that is zero, from a fresh start like all others.
@@ -138,7 +139,7 @@ class FedDLP:
 
     @property
     def any_width(self) -> bool:
-        return self.aggregation != "factors" or self.share == "both"
+        return self.individual
 
     @property
     def sends(self) -> frozenset[str]:
@@ -160,6 +161,8 @@ class FedDLP:
     def local_round(self, round: int, site: Site, shared: Shared, private: Private) -> tuple[Update, Private]:
         if not private:
             self.lesson.greet(site)
+            if self.predict_with == "blend" and not len(site.held_out):
+                log.warning("site '%s' holds nothing out to choose a blend on: its local branch predicts.", site.name)
         mine = began = self._state(site, shared, private)
         ours = State(without("local", shared), under("opt/shared", private))
         losses = []
@@ -183,8 +186,10 @@ class FedDLP:
     ) -> tuple[State, State, tuple[float, float]]:
         """Both steps of a batch: both states, and their losses before them."""
         free, alternating = leaves(ours.tensors), self.schedule == "alternating"
-        with torch.set_grad_enabled(self.reuse or not alternating):
-            branch = site.model(batch, self.shared, free)
+        branch = None
+        if self.reuse or not alternating or self._risen(self.gamma, round):
+            with torch.set_grad_enabled(self.reuse or not alternating):
+                branch = site.model(batch, self.shared, free)
         seen = mine
         mine, value, teacher = self._step(round, site, batch, mine, branch)
         gamma = self._risen(self.gamma_shared, round)
@@ -195,20 +200,23 @@ class FedDLP:
                     teacher = self.lesson.logits(
                         site.task, site.model(batch, self.local, mine.tensors), mine.tensors, batch
                     )
-            if not self.reuse:
-                branch = site.model(batch, self.shared, free)
+        if branch is None or (alternating and not self.reuse):
+            branch = site.model(batch, self.shared, free)
         student = self.lesson.logits(site.task, branch, _head(seen.tensors), batch)
         slope, value_shared = gradient(self.lesson.value(site.task, student, teacher, gamma, batch), free)
         training = site.training if self.lr is None else replace(site.training, lr=self.lr)
         return mine, descend(ours, slope, training), (value, value_shared)
 
     def _step(
-        self, round: int | str, site: Site, batch: Batch, mine: State, branch: Features
+        self, round: int | str, site: Site, batch: Batch, mine: State, branch: Features | None
     ) -> tuple[State, float, Tensor]:
-        """The local adapter's step: its state, and its loss and logits before it. `branch`: of the global adapter."""
+        """The local adapter's step: its state, and its loss and logits before it.
+
+        branch: of the global adapter, which teaches; None where γ_l is 0
+        """
         free = leaves(mine.tensors)
-        teacher = self.lesson.logits(site.task, branch, mine.tensors, batch)
         student = self.lesson.logits(site.task, site.model(batch, self.local, free), free, batch)
+        teacher = student if branch is None else self.lesson.logits(site.task, branch, mine.tensors, batch)
         loss = self.lesson.value(site.task, student, teacher, self._risen(self.gamma, round), batch)
         if self.pruning is not None:
             loss = loss + self.pruning.penalty(free)
@@ -351,13 +359,10 @@ class FedDLP:
         if self.aggregation == "product":
             return {}
         given, own = without("local", shared), without("local", update)
-        if self.aggregation == "procrustes" or any(own[name].shape != given[name].shape for name in given):
-            own = lowrank.filled(given, lowrank.products(own))  # of the rank that the others have
         if self.aggregation == "factors":
-            return own
-        target = by_place(given)
-        plans = {place: (rotation.rotated(ls, target[place]), 0.0) for place, ls in by_place(own).items()}
-        return carried(own, plans, self.shared.symmetry)
+            alike = all(own[name].shape == given[name].shape for name in given)
+            return own if alike else lowrank.filled(given, lowrank.products(own))  # of the rank that the others have
+        return carried(own, rotation.turned(own, given), self.shared.symmetry)
 
 
 def _products(update: Tensors) -> dict[str, lowrank.Factors]:

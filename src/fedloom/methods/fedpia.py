@@ -69,6 +69,7 @@ class FedPIA:
     similarity: Literal["correlation", "euclidean"] = "correlation"  # of pre-activations; of post-activations
     probe: int = 16  # images on which a site compares units
     probe_inputs: Literal["shared", "own"] = "shared"  # whether both read the same there, or each in its own network
+    # procrustes: no permutation, but the best rotation of a LoRA's balanced factors, whatever it gains
     solver: Literal["exact", "emd", "sinkhorn", "random", "procrustes"] = "exact"
     accept: Literal["always", "gain", "split-half"] = "split-half"  # when a match is believed
     least_gain: Share = 0.0  # over the identity
@@ -150,7 +151,7 @@ class FedPIA:
     # At a site.
 
     def local_round(self, round: int, site: Site, shared: Shared, private: Private) -> tuple[Update, Private]:
-        if self.permute in ("both", "client"):
+        if self.permute in ("both", "client") and not private:
             site.probe(self.probe)  # a site that is too small for it learns so in its first round
         own, heads = self._own(site, private), head(site, private)
         apart = self.init == "independent" and not own  # a first round alone; what comes of it is aligned like any
@@ -197,6 +198,8 @@ class FedPIA:
         current, own = of_model(shared), under("local", held)
         if _equal(current, own):
             return own, {}, {}
+        if self.solver == "procrustes":
+            own = rotation.evened(own)  # a blend of factors is one of updates only in one basis, and of one scale
         plans = self._kept(round, under("choice/client", held), current, own)
         plans = plans or self._by_activations(site, current, own)
         turned = self._carried(current, plans)
@@ -232,7 +235,7 @@ class FedPIA:
         reads = site.model.inputs(batch, self.adapter, own)
         reads_of_theirs = site.model.inputs(batch, self.adapter, current) if self.probe_inputs == "own" else None
         correlated = self.similarity == "correlation"
-        plans: dict[str, tuple[Plan, float]] = {}
+        plans: dict[str, tuple[Plan, float | None]] = {}
         matching = self._matching(alignment.decorrelation if correlated else self._metric)
 
         for place, h, mask in reads:
@@ -318,7 +321,7 @@ class FedPIA:
         return Shared({**following, **control}), {**_averaged(told), **metrics}
 
     def _first(self, drawn: Tensors, answers: Iterable[Answer]) -> tuple[dict[str, Tensor], Iterable[Answer]]:
-        """The first order where adapters started apart: that of the first site, never of a draw of the server."""
+        """The first order where adapters started apart: that of the first site, as near the drawn one as may be."""
         answers = iter(answers)
         first = next(answers, None)
         if first is None:
@@ -350,10 +353,10 @@ class FedPIA:
     # At both.
 
     def _kept(self, round: int | None, orders: Tensors, source: Tensors, target: Tensors) -> Plans:
-        """The match of an earlier round, where it holds in this one; its gain is not measured again, and told as 0."""
+        """The match of an earlier round, where it holds in this one; its gain is not measured again."""
         if round is None or round % self.every == 0 or _shapes(source) != _shapes(target):
             return {}
-        return {place: (Order(order.long()), 0.0) for place, order in orders.items()}
+        return {place: (Order(order.long()), None) for place, order in orders.items()}
 
     def _by_weights(self, source: Tensors, target: Tensors, site: str) -> Plans:
         """For each place, which unit of `source` is like which of `target` in its weights."""

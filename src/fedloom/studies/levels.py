@@ -63,7 +63,7 @@ def levels(setting: Setting, start: str) -> list[Row]:
             figures = setting.figures(shown, last.shared, last.privates)
             row |= {f"{figure}, {name}": value for figure, value in figures.items()}
         row |= {AT_SERVER: moved(last.told, "server"), AT_CLIENT: moved(last.told, "client")}
-        row |= {MEGABYTES: last.bytes_up / 1e6, SECONDS: sum(after.seconds for after in rounds[1:]) / (ROUNDS - 1)}
+        row |= {MEGABYTES: last.bytes_up / 1e6, SECONDS: sum(after.seconds for after in rounds) / ROUNDS}
         rows.append(row)
     return rows
 

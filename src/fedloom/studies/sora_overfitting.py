@@ -54,8 +54,8 @@ def over_rounds(options: Options, seed: int) -> list[Row]:
     rows: list[Row] = []
     for way, (pruning, gates) in WAYS.items():
         own = replace(adapter, rank=RANK, start_gate=gates)
-        # Without distillation the local adapter hears nothing of the shared one.
-        method = FedDLP(own, rank=1, gamma=0.0, gamma_shared=0.0, pruning=pruning)
+        # Without distillation the local branch, which alone predicts, hears nothing of the shared one.
+        method = FedDLP(own, rank=1, gamma=0.0, gamma_shared=0.0, pruning=pruning, predict_with="local")
         for i, after in enumerate(sites.rounds(method, ROUNDS)):
             if (i + 1) % EVERY == 0:
                 figures = looked_at(sites, method, after.privates)

@@ -84,4 +84,4 @@ def orders(plans: Plans) -> Orders:
 
 def gained(plans: Plans) -> float:
     """The share of the identity's cost that a matching saves, in percent; the mean over places."""
-    return 100 * sum(gain for _, gain in plans.values()) / len(plans)
+    return 100 * sum(gain or 0.0 for _, gain in plans.values()) / len(plans)
