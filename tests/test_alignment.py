@@ -105,6 +105,9 @@ def test_a_constant_unit_correlates_with_none() -> None:
     constant = torch.stack([torch.zeros(50), torch.full((50,), 1e6) / 3, torch.full((50,), 1e-9)]).double()
     assert torch.equal(alignment.decorrelation(rows, constant), torch.ones(3, 3, dtype=torch.float64))
     assert torch.equal(alignment.decorrelation(constant, constant), torch.ones(3, 3, dtype=torch.float64))
+    rounded = torch.full((1, 49), 1e5 / 3, dtype=torch.float64)
+    assert (rounded - rounded.mean()).norm() > 0  # the mean of equal numbers is not always that number
+    assert torch.equal(alignment.decorrelation(rows[:, :49], rounded), torch.ones(3, 1, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kind", ["ties", "zeros", "one zero row"])
@@ -160,6 +163,8 @@ def test_mass_is_what_a_unit_carries() -> None:
     rows = torch.cat([leaves["down"], leaves["down_bias"][:, None]], 1).double().norm(dim=1)
     expected = rows * leaves["up"].double().norm(dim=0)
     torch.testing.assert_close(alignment.mass(leaves, BOTTLENECK.symmetry), expected / expected.sum())
+    small = {leaf: 1e-4 * t.double() for leaf, t in leaves.items()}
+    torch.testing.assert_close(alignment.mass(small, BOTTLENECK.symmetry), expected / expected.sum())
     zero = {leaf: torch.zeros_like(t) for leaf, t in leaves.items()}
     assert torch.equal(alignment.mass(zero, BOTTLENECK.symmetry), torch.full((8,), 0.125, dtype=torch.float64))
     dead = {**leaves, "up": leaves["up"].index_fill(1, torch.tensor([0]), 0.0)}
