@@ -2,6 +2,7 @@
 it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ def test_an_ensemble_of_one_is_local_training(site: Make, tmp_path: Path) -> Non
     served = Ensemble(ADAPTER).serve(oxford, shared, privates["oxford"])(batch)
     alone = Local(ADAPTER).serve(oxford, Shared({}), privates["oxford"])(batch)
     torch.testing.assert_close(served.softmax(1), alone.softmax(1), rtol=1e-4, atol=1e-6)
+
+
+def test_an_ensemble_is_of_adapters_of_any_rank(site: Make, tmp_path: Path) -> None:
+    oxford, paris = site(), site("paris", 4)
+    wide = replace(paris, initial=paris.model.init(replace(ADAPTER, rank=5), 3, "wide"))
+    shared, privates = rounds(Ensemble(ADAPTER), [oxford, wide], 2, tmp_path)
+    assert {t.shape[0] for name, t in shared.items() if "paris" in name and name.endswith("/A")} == {5}
+    (batch,) = oxford.passes(oxford.train)
+    assert Ensemble(ADAPTER).serve(oxford, shared, privates["oxford"])(batch).isfinite().all()
 
 
 def test_a_site_s_newest_adapter_takes_the_place_of_the_one_it_sent(site: Make, tmp_path: Path) -> None:

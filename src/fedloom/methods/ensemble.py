@@ -48,6 +48,11 @@ class Ensemble:
     sends: ClassVar[frozenset[str]] = frozenset({"local"})
     heads: ClassVar[Literal["private", "shared"]] = "private"
 
+    @property
+    def any_width(self) -> bool:
+        """Adapters whose outputs are averaged may be of any width; one that learns from them has that of all."""
+        return not self.distil
+
     def start(self, model: Adaptable, task: Task | None, sites: int, seed: int) -> Shared:
         fresh = sharing.begun(self.adapter, "private", model, task, seed)
         return Shared({**at("local", fresh), **(fresh if self.distil else {})})
