@@ -11,7 +11,7 @@ All problems are solved in float64. Convention: T[i, j] is the share of source u
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
@@ -28,6 +28,9 @@ from fedloom.transport import Coupling, Order, Plan, Plans, hidden, identity, sh
 
 Weights: TypeAlias = Literal["in", "in+bias", "in+out"]
 Distance: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # (m, n), (k, n) -> costs (m, k)
+
+# A place, what the units of source and target read there, (tokens, in_dim) each, and which tokens are the first half.
+Read: TypeAlias = tuple[str, Tensor, Tensor, Tensor]
 
 FLOOR = 1e-12  # the least mass of a unit, and the least norm that counts as one
 SINKHORN = 0.1  # regularisation, in median costs: near exact; at 1 the plan says nothing
@@ -215,6 +218,25 @@ def matched(
     for place, leaves in by_place(source).items():
         a, b = (by_weights(side, symmetry, of) for side in (leaves, targets[place]))
         plans[place] = matching(a, b, torch.arange(a.features.shape[1]) % 2 == 0, *key, place)
+    return plans
+
+
+def matched_on(
+    reads: Iterable[Read],
+    source: Tensors,
+    target: Tensors,
+    adapter: Bottleneck | LoRA,
+    matching: Matching,
+    *key: object,
+) -> Plans:
+    """For each place, where the units of `source` go among those of `target`, by what they make of what they read:
+    before the non-linearity where correlations are compared, else what they pass on."""
+    theirs, ours, plans = by_place(source), by_place(target), {}
+    passed_on = matching.distance is not decorrelation
+    for place, of_source, of_target, first in reads:
+        a = by_activations(adapter, theirs[place], of_source, passed_on)
+        b = by_activations(adapter, ours[place], of_target, passed_on)
+        plans[place] = matching(a, b, first, *key, place)
     return plans
 
 

@@ -46,6 +46,23 @@ def added(total: Factors | None, factors: Factors, weight: float) -> Factors:
     return bounded(joined([(factors, weight)] if total is None else [(total, 1.0), (factors, weight)]))
 
 
+class Products:
+    """The running weighted mean of LoRAs' products, place by place."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Factors] = {}
+        self._total = 0.0
+
+    def add(self, tensors: Tensors, weight: float) -> None:
+        self._total += weight
+        for place, own in products(tensors).items():
+            self._sums[place] = added(self._sums.get(place), own, weight)
+
+    def mean(self, scale: float = 1.0) -> dict[str, Factors]:
+        """Times `scale`."""
+        return {place: joined([(own, scale / self._total)]) for place, own in self._sums.items()}
+
+
 def bounded(factors: Factors) -> Factors:
     """The same product, of no more ranks than the layer has."""
     B, A = factors

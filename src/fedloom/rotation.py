@@ -4,15 +4,20 @@ B A is the same for B G and G⁻¹ A of any invertible G. Balancing both factors
 permutations are a part.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fedloom import lowrank
+from fedloom.adapters import LoRA
 from fedloom.places import Symmetry
-from fedloom.tensors import Tensors, at, by_place
-from fedloom.transport import Plans, along
+from fedloom.tensors import Tensors, at, by_place, mean
+from fedloom.transport import Plans, along, carried
+
+Rule: TypeAlias = Literal["factors", "procrustes", "product"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +56,39 @@ def turned(source: Tensors, target: Tensors) -> Plans:
     """For each place, the rotation of the balanced factors of `source` to those of `target` as they are."""
     targets = by_place(target)
     return {place: (rotated(leaves, targets[place]), None) for place, leaves in by_place(source).items()}
+
+
+def merged(
+    given: Tensors, updates: Iterable[tuple[Tensors, float]], rule: Rule, adapter: LoRA
+) -> tuple[dict[str, Tensor], float, float]:
+    """The mean of LoRAs, folded one by one.
+
+    factors      the mean of A and that of B; another rank is first brought to that of `given`
+    procrustes   the same, of factors that are balanced and turned towards those of `given`
+    product      the best factors of the mean of products that `given` has ranks for
+
+    returns: the tensors; how far their products are from the mean of products, in effective weights, over all places
+        (Frobenius), and what part that is of its norm
+    """
+    true = lowrank.Products()
+
+    def folded() -> Iterator[tuple[Tensors, float]]:
+        for own, weight in updates:
+            true.add(own, weight)
+            if rule == "procrustes":
+                yield carried(own, turned(own, given), adapter.symmetry), weight
+            elif rule == "product":
+                yield {}, weight
+            else:
+                alike = all(own[name].shape == given[name].shape for name in given)
+                yield own if alike else lowrank.filled(given, lowrank.products(own)), weight
+
+    new = mean(folded())
+    if rule != "factors":
+        new = lowrank.filled(given, lowrank.products(new) or true.mean())
+    common = lowrank.products(new)
+    residual, relative = lowrank.apart(true.mean(), common)
+    return new, residual * adapter.scale, relative
 
 
 def evened(tensors: Tensors) -> dict[str, Tensor]:

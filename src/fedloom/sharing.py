@@ -10,7 +10,7 @@ from fedloom.errors import MethodError
 from fedloom.places import Adapter
 from fedloom.site import Site
 from fedloom.tasks import Task
-from fedloom.tensors import Private, Shared, Tensors, at, of_model, under, without
+from fedloom.tensors import Private, Shared, Tensors, at, of_model, part, under, without
 from fedloom.training import fit, head
 
 
@@ -48,14 +48,14 @@ def tuned(site: Site, adapter: Adapter, shared: Tensors, private: Tensors, epoch
     """
     if not epochs:
         return Private(private)
-    kept = {**at("head", under("head", private)), **under("local", private)}
+    kept = {**part("head", private), **under("local", private)}
     start = {**of_model(shared), **own_head(site, shared, private), **kept}
     trained, _ = fit(site, start, lambda t, b: site.loss(adapter, t, b), "fine-tuning", epochs)
-    return Private({**at("head", under("head", trained)), **at("local", without("head", trained))})
+    return Private({**part("head", trained), **at("local", without("head", trained))})
 
 
 def predictor(site: Site, adapter: Adapter, shared: Tensors, private: Tensors) -> Callable[[Batch], Tensor]:
     """Logits by the site's own copies where it has them, else by what is shared, else by a fresh head."""
     fresh = site.task.init(site.model.dim, site.seed)
-    tensors = {**fresh, **of_model(shared), **at("head", under("head", private)), **under("local", private)}
+    tensors = {**fresh, **of_model(shared), **part("head", private), **under("local", private)}
     return lambda batch: site.logits(adapter, tensors, batch)

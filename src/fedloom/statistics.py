@@ -27,6 +27,13 @@ def interval(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
+def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """By name, the mean over the rows that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    values = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: sum(each) / len(each) for name, each in values.items()}
+
+
 def sign_flip(differences: Sequence[float]) -> float:
     """Two-sided p of paired differences being symmetric about zero (Fisher's randomisation test).
 

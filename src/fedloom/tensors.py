@@ -47,6 +47,11 @@ def under(place: str, tensors: Tensors) -> dict[str, Tensor]:
     return {name.removeprefix(f"{place}/"): t for name, t in tensors.items() if name.startswith(f"{place}/")}
 
 
+def part(place: str, tensors: Tensors) -> dict[str, Tensor]:
+    """The tensors whose first part is `place`, with it."""
+    return {name: t for name, t in tensors.items() if name.startswith(f"{place}/")}
+
+
 def without(place: str, tensors: Tensors) -> dict[str, Tensor]:
     """The tensors whose first part is not `place`."""
     return {name: t for name, t in tensors.items() if not name.startswith(f"{place}/")}

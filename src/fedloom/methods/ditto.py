@@ -26,7 +26,7 @@ from fedloom.backbones.adaptable import Adaptable, Batch
 from fedloom.places import Adapter
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
-from fedloom.tensors import Private, Shared, Tensors, at, mean, only, squared_distance, under
+from fedloom.tensors import Private, Shared, Tensors, at, mean, only, part, squared_distance, under
 from fedloom.training import fit, head
 
 
@@ -48,7 +48,7 @@ class Ditto:
         own, own_value = self._held(round, site, shared, private, None)
         metrics = {"loss": value, "loss_own": own_value}
         update = Update(Shared(only(shared, trained)), len(site), len(site), metrics)
-        return update, Private({**at("head", under("head", trained)), **at("local", own)})
+        return update, Private({**part("head", trained), **at("local", own)})
 
     def aggregate(self, shared: Shared, answers: Iterable[Answer]) -> tuple[Shared, Mapping[str, float]]:
         return Shared(mean((answer.update.tensors, answer.update.weight) for answer in answers)), {}

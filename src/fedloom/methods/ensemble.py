@@ -33,7 +33,7 @@ from fedloom.distillation import divergence
 from fedloom.places import Adapter
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
-from fedloom.tensors import Private, Shared, Tensors, at, mean, of_model, only, under, without
+from fedloom.tensors import Private, Shared, Tensors, at, mean, of_model, only, part, under, without
 from fedloom.training import fit, head
 
 LEAST = 1e-7  # a probability, so that its logarithm is finite
@@ -61,7 +61,7 @@ class Ensemble:
         adapter = of_model(shared) if self.distil else self._own(site, shared, private)
         start = {**adapter, **head(site, private)}
         trained, value = fit(site, start, lambda t, b: site.loss(self.adapter, t, b), round)
-        kept, own = at("head", under("head", trained)), without("head", trained)
+        kept, own = part("head", trained), without("head", trained)
         metrics, sent = {"loss": value}, at("local", own)
         if self.distil:
             student, metrics["divergence"] = self._distilled(round, site, shared, own, kept)
@@ -88,7 +88,7 @@ class Ensemble:
     def serve(self, site: Site, shared: Shared, private: Private) -> Callable[[Batch], Tensor]:
         if self.distil:
             return sharing.predictor(site, self.adapter, shared, private)
-        head = {**site.task.init(site.model.dim, site.seed), **at("head", under("head", private))}
+        head = {**site.task.init(site.model.dim, site.seed), **part("head", private)}
         own = under("local", private)
         every = self._members(site, shared, own) or [self._own(site, shared, private)]
         return lambda batch: logits_of(site.task, self._scores(site, every, head, batch))

@@ -37,7 +37,7 @@ from fedloom.backbones.adaptable import Adaptable, Batch
 from fedloom.distillation import divergence
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Detection, Task
-from fedloom.tensors import Private, Shared, Tensors, at, mean, only, under, without
+from fedloom.tensors import Private, Shared, Tensors, at, mean, only, part, under, without
 from fedloom.training import State, head, placed, step
 
 
@@ -62,13 +62,13 @@ class FedDAT:
                 given = site.logits(self.adapter, ours.tensors, batch)
             with placed(site, round, i):
                 ours, value = step(ours, self._loss(site, batch, taught), site.training)
-                own = State({**own.tensors, **_head(ours.tensors)}, own.moments)
+                own = State({**own.tensors, **part("head", ours.tensors)}, own.moments)
                 own, own_value = step(own, self._loss(site, batch, given, shared), site.training)
-                ours = State({**ours.tensors, **_head(own.tensors)}, ours.moments)
+                ours = State({**ours.tensors, **part("head", own.tensors)}, ours.moments)
             losses.append((value, own_value))
         loss, loss_own = torch.tensor(losses).double().mean(0).tolist()
         sent = Update(Shared(only(shared, ours.tensors)), len(site), len(site), {"loss": loss, "loss_own": loss_own})
-        return sent, Private({**_head(own.tensors), **at("local", without("head", own.tensors))})
+        return sent, Private({**part("head", own.tensors), **at("local", without("head", own.tensors))})
 
     def aggregate(self, shared: Shared, answers: Iterable[Answer]) -> tuple[Shared, Mapping[str, float]]:
         return Shared(mean((answer.update.tensors, answer.update.weight) for answer in answers)), {}
@@ -81,10 +81,10 @@ class FedDAT:
         for i, batch in enumerate(site.batches("fine-tuning", epochs)):
             with placed(site, "fine-tuning", i):
                 own, _ = step(own, self._loss(site, batch, None, shared), site.training)
-        return Private({**_head(own.tensors), **at("local", without("head", own.tensors))})
+        return Private({**part("head", own.tensors), **at("local", without("head", own.tensors))})
 
     def serve(self, site: Site, shared: Shared, private: Private) -> Callable[[Batch], Tensor]:
-        heads = {**site.task.init(site.model.dim, site.seed), **_head(private)}
+        heads = {**site.task.init(site.model.dim, site.seed), **part("head", private)}
         tensors = self._dual({**self._own(site, shared, private), **heads}, shared)
         return lambda batch: site.logits(self.adapter, tensors, batch)
 
@@ -109,7 +109,7 @@ class FedDAT:
 
     def _dual(self, own: Tensors, frozen: Tensors) -> dict[str, Tensor]:
         """The mean of what two adapters add, as one adapter, under the head of the first."""
-        both = _head(own)
+        both = part("head", own)
         for name, theirs in frozen.items():
             axes = self.adapter.symmetry.get(name.rpartition("/")[2])
             if axes is None:  # a bias of what is added
@@ -118,7 +118,3 @@ class FedDAT:
                 outgoing = len(axes) > 1 and axes[-1] == "hidden"
                 both[name] = torch.cat([own[name], theirs], axes.index("hidden")) / (2 if outgoing else 1)
         return both
-
-
-def _head(tensors: Tensors) -> dict[str, Tensor]:
-    return at("head", under("head", tensors))

@@ -53,19 +53,17 @@ from torch import Tensor
 from fedloom import lowrank, rotation
 from fedloom.adapters import LoRA, Width
 from fedloom.backbones.adaptable import Adaptable, Batch, Features
-from fedloom.distillation import Lesson
+from fedloom.distillation import Lesson, blended
 from fedloom.errors import MethodError
 from fedloom.pruning import Pruning, ranks
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
-from fedloom.tensors import Private, Shared, Tensors, at, by_place, mean, under, without
+from fedloom.tensors import Private, Shared, Tensors, at, by_place, part, under, without
 from fedloom.training import Count, State, descend, gradient, head, leaves, placed
-from fedloom.transport import carried
 
 log = logging.getLogger(__name__)
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "projection")  # all linear ones of CLIP
-BLENDS = (1.0, 0.75, 0.5, 0.25, 0.0)  # weights of the local branch that are tried; of two as good, the first
 
 Weight: TypeAlias = Annotated[float, Ge(0)]
 Positive: TypeAlias = Annotated[float, Gt(0)]
@@ -92,7 +90,7 @@ class FedDLP:
     pruning: Pruning | None = field(default_factory=Pruning)  # None: the local adapter is a plain LoRA
     # server and inference
     share: Literal["global", "both"] = "global"  # both: the local adapters too, pruned, for sites that have none yet
-    aggregation: Literal["factors", "procrustes", "product"] = "factors"
+    aggregation: rotation.Rule = "factors"
     # both: the sum of the adapters; blend: a mean of the branches' logits, its weight chosen on held-out examples
     predict_with: Literal["local", "both", "global", "blend"] = "blend"
 
@@ -202,7 +200,7 @@ class FedDLP:
                     )
         if branch is None or (alternating and not self.reuse):
             branch = site.model(batch, self.shared, free)
-        student = self.lesson.logits(site.task, branch, _head(seen.tensors), batch)
+        student = self.lesson.logits(site.task, branch, part("head", seen.tensors), batch)
         slope, value_shared = gradient(self.lesson.value(site.task, student, teacher, gamma, batch), free)
         training = site.training if self.lr is None else replace(site.training, lr=self.lr)
         return mine, descend(ours, slope, training), (value, value_shared)
@@ -239,7 +237,11 @@ class FedDLP:
         return Private({**self._kept(site, shared, mine), **at("opt/shared", under("opt/shared", private))})
 
     def serve(self, site: Site, shared: Shared, private: Private) -> Callable[[Batch], Tensor]:
-        own = {**site.task.init(site.model.dim, site.seed), **self._local(site, shared, private), **_head(private)}
+        own = {
+            **site.task.init(site.model.dim, site.seed),
+            **self._local(site, shared, private),
+            **part("head", private),
+        }
         return self._predictor(site, shared, own, float(private.get("choice/blend", torch.tensor(1.0))))
 
     def _state(self, site: Site, shared: Shared, private: Private) -> State:
@@ -268,20 +270,20 @@ class FedDLP:
                 lowrank.products(without("local", shared), self._ratio),
             )
             joined = {place: lowrank.joined([(mine[place], 1.0), (given[place], 1.0)]) for place in given}
-            together = {**lowrank.adapter(joined), **_head(own)}
+            together = {**lowrank.adapter(joined), **part("head", own)}
             return lambda batch: site.logits(self.local, together, batch)
-        part = {"local": 1.0, "global": 0.0}.get(self.predict_with, blend)
-        ours = {**without("local", shared), **_head(own)}
-        if part == 0:
+        weight = {"local": 1.0, "global": 0.0}.get(self.predict_with, blend)
+        ours = {**without("local", shared), **part("head", own)}
+        if weight == 0:
             return lambda batch: site.logits(self.shared, ours, batch)
-        if part == 1:
+        if weight == 1:
             return lambda batch: site.logits(self.local, own, batch)
         return lambda batch: torch.lerp(
-            site.logits(self.shared, ours, batch), site.logits(self.local, own, batch), part
+            site.logits(self.shared, ours, batch), site.logits(self.local, own, batch), weight
         )
 
     def _kept(self, site: Site, shared: Shared, mine: State) -> dict[str, Tensor]:
-        own = {**at("local", without("head", mine.tensors)), **_head(mine.tensors)}
+        own = {**at("local", without("head", mine.tensors)), **part("head", mine.tensors)}
         if self.moments == "kept":
             own |= at("opt/local", mine.moments)
         if self.predict_with == "blend" and len(site.held_out):
@@ -296,13 +298,7 @@ class FedDLP:
             torch.cat([predict(batch) for batch in passes])
             for predict in (self._predictor(site, shared, own, weight) for weight in (1.0, 0.0))
         )
-        targets = torch.cat([batch.targets for batch in passes])
-
-        def loss(weight: float) -> float:
-            value = float(site.task.loss(torch.lerp(given, local, weight), targets))
-            return value if math.isfinite(value) else math.inf
-
-        return min(BLENDS, key=loss)
+        return blended(site.task, local, given, torch.cat([batch.targets for batch in passes]))
 
     def _pruned(self, round: int | str, site: Site, began: State, mine: State) -> State:
         if self.pruning is None:
@@ -331,45 +327,17 @@ class FedDLP:
     # At the server
 
     def aggregate(self, shared: Shared, answers: Iterable[Answer]) -> tuple[Shared, Mapping[str, float]]:
-        total = 0.0
-        sums: dict[str, lowrank.Factors] = {}  # of w_k B_k A_k, place by place
+        second = under("local", shared)
+        own = lowrank.Products() if second else None
 
-        def folded() -> Iterator[tuple[Tensors, float]]:
-            nonlocal total
+        def updates() -> Iterator[tuple[Tensors, float]]:
             for answer in answers:
                 update, weight = answer.update.tensors, answer.update.weight
-                total += weight
-                for place, own in _products(update).items():
-                    sums[place] = lowrank.added(sums.get(place), own, weight)
-                yield self._averaged(shared, update), weight
+                if own is not None:
+                    own.add(under("local", update), weight)
+                yield without("local", update), weight
 
-        new = mean(folded())
-        true = {place: lowrank.joined([(product, 1 / total)]) for place, product in sums.items()}
-        if self.aggregation != "factors":
-            new = lowrank.filled(without("local", shared), lowrank.products(new) or true)
-        common = lowrank.products(new)
-        residual, relative = lowrank.apart({place: true[place] for place in common}, common)
-        if self.share == "both":
-            second = under("local", shared)
-            new |= at("local", lowrank.filled(second, {place: true[f"local/{place}"] for place in by_place(second)}))
-        return Shared(new), {"residual": residual * self.shared.scale, "residual_relative": relative}
-
-    def _averaged(self, shared: Shared, update: Tensors) -> dict[str, Tensor]:
-        """What of a site's factors goes into their mean."""
-        if self.aggregation == "product":
-            return {}
-        given, own = without("local", shared), without("local", update)
-        if self.aggregation == "factors":
-            alike = all(own[name].shape == given[name].shape for name in given)
-            return own if alike else lowrank.filled(given, lowrank.products(own))  # of the rank that the others have
-        return carried(own, rotation.turned(own, given), self.shared.symmetry)
-
-
-def _products(update: Tensors) -> dict[str, lowrank.Factors]:
-    """Of the global adapter by place, and of the local one by local/place, where it is sent."""
-    local = lowrank.products(under("local", update))
-    return {**lowrank.products(without("local", update)), **{f"local/{place}": own for place, own in local.items()}}
-
-
-def _head(tensors: Tensors) -> dict[str, Tensor]:
-    return at("head", under("head", tensors))
+        new, residual, relative = rotation.merged(without("local", shared), updates(), self.aggregation, self.shared)
+        if own is not None:
+            new |= at("local", lowrank.filled(second, own.mean()))
+        return Shared(new), {"residual": residual, "residual_relative": relative}

@@ -25,7 +25,7 @@ from fedloom.adapters import LoRA
 from fedloom.backbones.adaptable import Adaptable, Batch
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
-from fedloom.tensors import Private, Shared, Tensors, at, mean, of_model, under, without
+from fedloom.tensors import Private, Shared, Tensors, at, mean, of_model, part, under, without
 from fedloom.training import fit, head
 
 
@@ -43,7 +43,7 @@ class FedExLoRA:
     def local_round(self, round: int, site: Site, shared: Shared, private: Private) -> tuple[Update, Private]:
         trained, value = self._fit(round, site, shared, {**of_model(shared), **head(site, private)}, None)
         update = Update(Shared(without("head", trained)), len(site), len(site), {"loss": value})
-        return update, Private(at("head", under("head", trained)))
+        return update, Private(part("head", trained))
 
     def aggregate(self, shared: Shared, answers: Iterable[Answer]) -> tuple[Shared, Mapping[str, float]]:
         parts = {answer.site: (answer.update.tensors, answer.update.weight) for answer in answers}
@@ -71,12 +71,12 @@ class FedExLoRA:
             return private
         start = {**of_model(shared), **head(site, private), **under("local", private)}
         trained, _ = self._fit("fine-tuning", site, shared, start, epochs)
-        return Private({**at("head", under("head", trained)), **at("local", without("head", trained))})
+        return Private({**part("head", trained), **at("local", without("head", trained))})
 
     def serve(self, site: Site, shared: Shared, private: Private) -> Callable[[Batch], Tensor]:
         own = under("local", private) or of_model(shared)
         whole = lowrank.beside(own, under("given", shared))
-        return sharing.predictor(site, self.adapter, whole, at("head", under("head", private)))
+        return sharing.predictor(site, self.adapter, whole, part("head", private))
 
     def _fit(
         self, round: int | str, site: Site, shared: Shared, start: Tensors, epochs: int | None

@@ -44,10 +44,11 @@ from fedloom.backbones.adaptable import Adaptable, Batch
 from fedloom.errors import MethodError
 from fedloom.integration import Fold, combined, distances, exponents, norm, per_tensor, sizes
 from fedloom.site import Answer, Site, Update
+from fedloom.statistics import means
 from fedloom.tasks import Task
-from fedloom.tensors import Private, Shared, Tensors, at, by_place, mean, of_model, only, under
+from fedloom.tensors import Private, Shared, Tensors, at, mean, of_model, only, part, under
 from fedloom.training import Positive, fit, head
-from fedloom.transport import Order, Plan, Plans
+from fedloom.transport import Order, Plans
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ class FedPIA:
         elif own and self.predict_with == "integrated":
             adapter, _, _ = self._integrated(site, shared, private, self.beta[-1])
         fresh = site.task.init(site.model.dim, site.seed)
-        tensors = {**fresh, **at("head", under("head", private)), **adapter}
+        tensors = {**fresh, **part("head", private), **adapter}
         return lambda batch: site.logits(self.adapter, tensors, batch)
 
     def _own(self, site: Site, private: Tensors) -> dict[str, Tensor]:
@@ -215,7 +216,7 @@ class FedPIA:
     ) -> tuple[dict[str, Tensor], float]:
         """The site's own adapter or a blend with the global one, aligned or as it came: the one of least loss on the
         site's held-out examples. Never on training examples, where its own would always win."""
-        heads = at("head", under("head", held))
+        heads = part("head", held)
         blends = [(_blend(own, other, b), b) for other in others if _shapes(other) == _shapes(own) for b in self.choose]
 
         def loss(adapter: Tensors) -> float:
@@ -231,21 +232,17 @@ class FedPIA:
             return {}
         if self.solver == "procrustes":
             return self._by_weights(current, own, site.name)
-        theirs, ours, batch = by_place(current), by_place(own), site.probe(self.probe)
-        reads = site.model.inputs(batch, self.adapter, own)
-        reads_of_theirs = site.model.inputs(batch, self.adapter, current) if self.probe_inputs == "own" else None
-        correlated = self.similarity == "correlation"
-        plans: dict[str, tuple[Plan, float | None]] = {}
-        matching = self._matching(alignment.decorrelation if correlated else self._metric)
-
-        for place, h, mask in reads:
-            h_of_theirs = h if reads_of_theirs is None else next(reads_of_theirs)[1]
-            source, target = (
-                alignment.by_activations(self.adapter, leaves[place.name], read[mask], not correlated)
-                for leaves, read in ((theirs, h_of_theirs), (ours, h))
+        batch, matching = site.probe(self.probe), self._matching(self._alike)
+        ours = site.model.inputs(batch, self.adapter, own)
+        if self.probe_inputs == "shared":
+            reads = ((place.name, h[mask], h[mask], _first_half(mask)) for place, h, mask in ours)
+        else:
+            theirs = site.model.inputs(batch, self.adapter, current)
+            reads = (
+                (place.name, other[mask], h[mask], _first_half(mask))
+                for (_, other, _), (place, h, mask) in zip(theirs, ours, strict=True)
             )
-            plans[place.name] = matching(source, target, _first_half(mask), site.name, place.name)
-        return plans
+        return alignment.matched_on(reads, current, own, self.adapter, matching, site.name)
 
     def _aligned(self, site: Site, shared: Tensors, own: Tensors) -> tuple[dict[str, Tensor], dict[str, float]]:
         """What makes a mean at the server enough: e_k W̃_k, and beside it e_k and d_k."""
@@ -296,7 +293,7 @@ class FedPIA:
         done = {"ordered": torch.tensor(True), "round": torch.tensor(round + 1)}
         server = at("server", {**matched, **mean(far), **done})
         metrics = {
-            **_averaged(told),
+            **means(told),
             **{f"server/weight/{site}": share for site, share in shares.items()},
             "effective": 1 / sum(share**2 for share in shares.values()),
             "sum": fold.kept(),
@@ -318,7 +315,7 @@ class FedPIA:
         following = combined(self.integration, current, folded, e, torch.ones_like(e))
         control = {name: folded[name] for name in ("control/distance", "control/weight")}
         metrics = {"sum": float(e.mean()), "norm": norm(following)}
-        return Shared({**following, **control}), {**_averaged(told), **metrics}
+        return Shared({**following, **control}), {**means(told), **metrics}
 
     def _first(self, drawn: Tensors, answers: Iterable[Answer]) -> tuple[dict[str, Tensor], Iterable[Answer]]:
         """The first order where adapters started apart: that of the first site, as near the drawn one as may be."""
@@ -369,8 +366,12 @@ class FedPIA:
         return transport.carried(tensors, plans, self.adapter.symmetry)
 
     def _matching(self, distance: alignment.Distance) -> Matching:
-        solver = "exact" if self.solver == "procrustes" else self.solver
-        return Matching(distance, solver, self.accept, self.least_gain)
+        assert self.solver != "procrustes"  # which matches no units
+        return Matching(distance, self.solver, self.accept, self.least_gain)
+
+    @property
+    def _alike(self) -> alignment.Distance:
+        return alignment.decorrelation if self.similarity == "correlation" else self._metric
 
     @property
     def _metric(self) -> alignment.Distance:
@@ -393,9 +394,3 @@ def _first_half(mask: Tensor) -> Tensor:
     """Which of the unmasked positions belong to the first half of the probe: tokens of one image are alike."""
     row, position = mask.nonzero(as_tuple=True)
     return row < len(mask) / 2 if len(mask) > 1 else position % 2 == 0
-
-
-def _averaged(told: Sequence[dict[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for own in told for name in own)
-    values = {name: [own[name] for own in told if name in own] for name in names}
-    return {name: sum(each) / len(each) for name, each in values.items()}

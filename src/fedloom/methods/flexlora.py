@@ -25,7 +25,7 @@ from fedloom.adapters import LoRA
 from fedloom.backbones.adaptable import Adaptable, Batch
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
-from fedloom.tensors import Private, Shared, at, under, without
+from fedloom.tensors import Private, Shared, part, without
 from fedloom.training import fit, head
 
 
@@ -45,7 +45,7 @@ class FlexLoRA:
         start = {**self._cut(site, shared), **head(site, private)}
         trained, value = fit(site, start, lambda t, b: site.loss(self.adapter, t, b), round)
         update = Update(Shared(without("head", trained)), len(site), len(site), {"loss": value})
-        return update, Private(at("head", under("head", trained)))
+        return update, Private(part("head", trained))
 
     def aggregate(self, shared: Shared, answers: Iterable[Answer]) -> tuple[Shared, Mapping[str, float]]:
         parts = {answer.site: (answer.update.tensors, answer.update.weight) for answer in answers}

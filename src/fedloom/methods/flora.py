@@ -25,7 +25,7 @@ from fedloom.adapters import LoRA
 from fedloom.backbones.adaptable import Adaptable, Batch
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
-from fedloom.tensors import Private, Shared, at, under, without
+from fedloom.tensors import Private, Shared, at, part, under, without
 from fedloom.training import fit, head
 
 
@@ -44,7 +44,7 @@ class FLoRA:
     def local_round(self, round: int, site: Site, shared: Shared, private: Private) -> tuple[Update, Private]:
         trained, value = self._on_top(round, site, shared, private, None)
         update = Update(Shared(without("head", trained)), len(site), len(site), {"loss": value})
-        return update, Private(at("head", under("head", trained)))
+        return update, Private(part("head", trained))
 
     def aggregate(self, shared: Shared, answers: Iterable[Answer]) -> tuple[Shared, Mapping[str, float]]:
         stack = lowrank.weighed({a.site: (a.update.tensors, a.update.weight) for a in answers})
@@ -57,11 +57,11 @@ class FLoRA:
         if not epochs:
             return private
         trained, _ = self._on_top("fine-tuning", site, shared, private, epochs)
-        return Private({**at("head", under("head", trained)), **at("local", without("head", trained))})
+        return Private({**part("head", trained), **at("local", without("head", trained))})
 
     def serve(self, site: Site, shared: Shared, private: Private) -> Callable[[Batch], Tensor]:
         whole = lowrank.beside(shared, under("local", private))
-        return sharing.predictor(site, self.adapter, whole, at("head", under("head", private)))
+        return sharing.predictor(site, self.adapter, whole, part("head", private))
 
     def _on_top(
         self, round: int | str, site: Site, shared: Shared, private: Private, epochs: int | None

@@ -14,7 +14,7 @@ from fedloom.backbones.adaptable import Adaptable, Batch
 from fedloom.places import Adapter
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
-from fedloom.tensors import Private, Shared, at, under, without
+from fedloom.tensors import Private, Shared, at, part, under, without
 from fedloom.training import fit, head
 
 
@@ -47,4 +47,4 @@ class Local:
         adapter = under("local", private) or site.initial or site.model.init(self.adapter, site.seed)
         start = {**adapter, **head(site, private)}
         trained, value = fit(site, start, lambda t, b: site.loss(self.adapter, t, b), round, epochs)
-        return Private({**at("head", under("head", trained)), **at("local", without("head", trained))}), value
+        return Private({**part("head", trained), **at("local", without("head", trained))}), value

@@ -27,7 +27,7 @@ from fedloom.errors import MethodError
 from fedloom.places import Added
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
-from fedloom.tensors import Private, Shared, Tensors, at, mean, of_model, only, under, without
+from fedloom.tensors import Private, Shared, Tensors, at, mean, of_model, only, part, under, without
 from fedloom.training import fit, head
 
 
@@ -74,7 +74,7 @@ class Partial:
         sent = only(of_model(shared), trained)
         own = {name: t for name, t in without("head", trained).items() if name not in sent}
         update = Update(Shared(sent), len(site), len(site), {"loss": value})
-        return update, Private({**at("head", under("head", trained)), **at("local", own)})
+        return update, Private({**part("head", trained), **at("local", own)})
 
     def aggregate(self, shared: Shared, answers: Iterable[Answer]) -> tuple[Shared, Mapping[str, float]]:
         folded = mean((answer.update.tensors, answer.update.weight) for answer in answers)
@@ -90,7 +90,7 @@ class Partial:
             **under("local", private),
         }
         trained, _ = self._fit(site, shared, start, "fine-tuning", epochs)
-        return Private({**at("head", under("head", trained)), **at("local", without("head", trained))})
+        return Private({**part("head", trained), **at("local", without("head", trained))})
 
     def serve(self, site: Site, shared: Shared, private: Private) -> Callable[[Batch], Tensor]:
         whole = {**of_model(shared), **under("given", shared), **self._own(site, private)}

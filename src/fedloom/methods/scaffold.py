@@ -32,7 +32,7 @@ from fedloom.backbones.adaptable import Adaptable, Batch
 from fedloom.places import Adapter
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
-from fedloom.tensors import Private, Shared, Tensors, at, mean, of_model, only, under
+from fedloom.tensors import Private, Shared, Tensors, at, mean, of_model, only, part, under
 from fedloom.training import State, descend, gradient, head, leaves, placed
 
 
@@ -65,7 +65,7 @@ class Scaffold:
         after = {name: g / len(losses) for name, g in total.items()}
         change = {name: after[name] - own[name] for name in x}
         sent = Shared({**only(x, state.tensors), **at("control", change)})
-        kept = {**at("head", under("head", state.tensors)), **at("control", after)}
+        kept = {**part("head", state.tensors), **at("control", after)}
         return Update(sent, 1.0, len(site), {"loss": sum(losses) / len(losses)}), Private(kept)
 
     def aggregate(self, shared: Shared, answers: Iterable[Answer]) -> tuple[Shared, Mapping[str, float]]:

@@ -1,7 +1,7 @@
 """What studies run on: a small federation in memory, and its figures."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +19,9 @@ from fedloom.methods import Method
 from fedloom.places import Adapter
 from fedloom.recipe import load
 from fedloom.site import Answer, Site
+from fedloom.statistics import means
 from fedloom.studies.study import Options
-from fedloom.tensors import Private, Shared, Tensors, at, to_bytes, under
+from fedloom.tensors import Private, Shared, Tensors, part, to_bytes
 from fedloom.training import head
 
 RECIPE = "vqamed-organ"
@@ -71,7 +72,7 @@ class Sites:
                 answers.append(Answer(site.name, update, len(to_bytes(update.tensors))))
             shared, told = method.aggregate(shared, answers)
             seconds = time.perf_counter() - began
-            told = {**_averaged([answer.update.metrics for answer in answers]), **told}
+            told = {**means([answer.update.metrics for answer in answers]), **told}
             sent = sum(answer.bytes_up for answer in answers)
             yield After(shared, dict(privates), tuple(answers), told, sent, seconds)
 
@@ -87,7 +88,7 @@ class Sites:
                 measured(method, own.site, privates[name], shared, own.split(split)) for split in ("held_out", "test")
             )
             found.append({ACCURACY: test["accuracy"], TEST_LOSS: test["loss"], HELD_OUT: held_out["loss"]})
-        return _averaged(found)
+        return means(found)
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def measured(method: Method, site: Site, private: Private, shared: Shared, datas
 @torch.no_grad()
 def loss(setting: Setting, site: Site, private: Private, adapter: Tensors, dataset: Dataset) -> float:
     """The mean loss on a data set of an adapter with the site's own head."""
-    tensors = {**at("head", under("head", private)), **adapter}
+    tensors = {**part("head", private), **adapter}
     parts = [(float(site.loss(setting.adapter, tensors, batch)), len(batch)) for batch in site.passes(dataset)]
     return sum(value * n for value, n in parts) / sum(n for _, n in parts)
 
@@ -147,9 +148,3 @@ def moved(told: Mapping[str, float], level: str) -> float:
     """The share of units that a level moved, in percent, the mean over places; 0 where it matched none."""
     shares = [value for name, value in told.items() if name.startswith(f"{level}/moved/")]
     return 100 * sum(shares) / len(shares) if shares else 0.0
-
-
-def _averaged(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    values = {name: [row[name] for row in rows if name in row] for name in names}
-    return {name: sum(each) / len(each) for name, each in values.items()}

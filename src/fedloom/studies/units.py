@@ -47,12 +47,8 @@ def matched(adapter: Bottleneck, source: Tensors, target: Tensors, cost: Cost, r
         distance = alignment.squared if cost.near else alignment.euclidean
         return alignment.matched(source, target, adapter.symmetry, cost.of, Matching(distance, accept="always"))
     distance = alignment.decorrelation if cost.near else alignment.euclidean
-    theirs, ours, matching = by_place(source), by_place(target), Matching(distance, accept="always")
-    plans = {}
-    for place, h in reads.items():
-        a, b = (alignment.by_activations(adapter, own[place], h, passed_on=not cost.near) for own in (theirs, ours))
-        plans[place] = matching(a, b, torch.arange(len(h)) % 2 == 0)
-    return plans
+    both = ((place, h, h, torch.arange(len(h)) % 2 == 0) for place, h in reads.items())
+    return alignment.matched_on(both, source, target, adapter, Matching(distance, accept="always"))
 
 
 def permuted(adapter: Bottleneck, tensors: Tensors, *key: object) -> tuple[dict[str, Tensor], Orders]:
