@@ -20,7 +20,7 @@ from fedloom.tensors import Private
 QUESTION = "Does a LoRA overfit at a site that trains alone, and do gates prevent it?"
 RECIPE = "caltech-dirichlet"
 SITES, ROUNDS, EVERY = 4, 40, 4
-CHANGES = {"backbone.towers": ["image"], "training.finetune": 0, "data.newcomer": 0}
+CHANGES = {"backbone.towers": ["vision"], "training.finetune": 0, "data.newcomer": 0}
 RANK = 2
 SLOW = replace(FedDLP.official().pruning or Pruning(), lr=1e-3)
 WAYS: Mapping[str, tuple[Pruning | None, Literal["ones", "normal"]]] = {
