@@ -123,6 +123,15 @@ def test_the_proximal_step_has_the_closed_form_of_its_problem(gates: list[float]
     torch.testing.assert_close(Pruning().shrunk(gate, threshold), expected)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "log-linear"])
+def test_without_sparsity_no_schedule_prunes(schedule: Any) -> None:
+    pruning = Pruning(sparsity=0.0, schedule=schedule)
+    assert [pruning.threshold(round) for round in (0, 5, 20, "fine-tuning")] == [0.0] * 4
+    rising = replace(pruning, sparsity=0.01)
+    assert rising.threshold("fine-tuning") == pytest.approx(0.01)
+    assert (rising.threshold(0) < rising.threshold(5)) == (schedule != "constant")
+
+
 @given(st.lists(st.floats(-3, 3, width=32), min_size=1), st.floats(0.015625, 2, width=32))
 def test_sora_s_operator_is_its_three_assignments(gates: list[float], threshold: float) -> None:
     p = torch.tensor(gates)

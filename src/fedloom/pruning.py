@@ -73,9 +73,11 @@ class Pruning:
         return 1.0 if done else min(1.0, int(round) / self.rounds)
 
     def threshold(self, round: int | str) -> float:
-        """λ of a round."""
+        """λ of a round; 0 in all of them where it is 0 at the end."""
+        if not self.sparsity:
+            return 0.0
         s = self.progress(round)
-        if self.schedule == "log-linear" and self.sparsity:
+        if self.schedule == "log-linear":
             return float(self.first ** (1 - s) * self.sparsity**s)
         return (1 - s) * self.first + s * self.sparsity
 
