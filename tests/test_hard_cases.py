@@ -23,7 +23,19 @@ from fedloom.places import Adapter
 from fedloom.site import Answer, Site, Update
 from fedloom.store import Store
 from fedloom.tasks import Classification, Detection, Ranking, Task
-from fedloom.tensors import Private, Shared, Tensors, at, by_place, mean, only, squared_distance, under, without
+from fedloom.tensors import (
+    Private,
+    Shared,
+    Tensors,
+    at,
+    by_place,
+    mean,
+    of_model,
+    only,
+    squared_distance,
+    under,
+    without,
+)
 from fedloom.training import State, Training, fit, head, step
 
 COLOURS = Classification(("red", "green", "blue"), head="linear")
@@ -109,20 +121,25 @@ class Integrating(Base):
     def individual(self) -> bool:  # type: ignore[override]
         return self.matching == "server"
 
+    def start(self, model: Adaptable, task: Task | None, sites: int, seed: int) -> Shared:
+        beside = {"control/e": torch.ones(())} if self.matching == "site" else {}
+        return Shared({**super().start(model, task, sites, seed), **beside})
+
     def weight(self, tensors: Tensors, shared: Tensors) -> Tensor:
-        return torch.exp(-self.gamma * squared_distance(without("server", shared), tensors))
+        return torch.exp(-self.gamma * squared_distance(of_model(shared), tensors))
 
     def local_round(self, round: int, site: Site, shared: Shared, private: Private) -> tuple[Update, Private]:
-        local = under("local", private) or dict(shared)
-        order = self.matched(site, shared, local)
+        current = of_model(shared)
+        local = under("local", private) or current
+        order = self.matched(site, current, local)
         start = {name: (1 - self.beta) * local[name] + self.beta * order[name] for name in local}
         trained, value = fit(site, {**start, **head(site, private)}, lambda t, b: site.loss(self.adapter, t, b), round)
-        sent, e = only(shared, trained), torch.ones(())
+        sent, e = only(current, trained), torch.ones(())
         if self.matching == "site":
-            e = self.weight(sent, shared)
-            sent = {**{name: e * tensor for name, tensor in sent.items()}, "local/e": e}
+            e = self.weight(sent, current)
+            sent = {**{name: e * tensor for name, tensor in sent.items()}, "control/e": e}
         update = Update(Shared(sent), 1.0, len(site), {"loss": value, "e": float(e)})
-        return update, Private({**at("head", under("head", trained)), **at("local", only(shared, trained))})
+        return update, Private({**at("head", under("head", trained)), **at("local", only(current, trained))})
 
     def matched(self, site: Site, shared: Tensors, local: Tensors) -> dict[str, Tensor]:
         """The shared adapter's units in the order of the local one's, by their activations on a probe."""
@@ -137,7 +154,7 @@ class Integrating(Base):
     def aggregate(self, shared: Shared, answers: Iterable[Answer]) -> Folded:
         if self.matching == "site":
             folded = mean((answer.update.tensors, answer.update.weight) for answer in answers)
-            e = folded.pop("local/e")
+            e = folded["control/e"]
             return Shared({name: tensor / e for name, tensor in folded.items()}), {"e": float(e)}
         weighted = [(answer.update.tensors, float(self.weight(answer.update.tensors, shared))) for answer in answers]
         return Shared(mean(weighted)), {f"e/{i}": weight for i, (_, weight) in enumerate(weighted)}
@@ -162,7 +179,7 @@ def test_weights_at_the_site_are_weights_at_the_server(tmp_path: Path) -> None:
         rounds(Integrating(matching=matching), sites, 2, tmp_path / matching)[0]  # type: ignore[arg-type]
         for matching in ("server", "site")
     )
-    torch.testing.assert_close(dict(server), dict(site), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dict(server), of_model(site), rtol=1e-5, atol=1e-6)
     unweighted, _ = rounds(Integrating(gamma=0.0), sites, 2, tmp_path / "0")
     assert any(not torch.equal(tensor, server[name]) for name, tensor in unweighted.items())
 

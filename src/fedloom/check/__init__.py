@@ -104,8 +104,7 @@ def without_server_state(trial: Trial) -> Iterator[str]:
 
 
 def fitting(trial: Trial) -> Iterator[str]:
-    """An update has the names, shapes and dtypes of `shared`, finite values and a weight; beside them only what `sends`
-    says."""
+    """An update has the names, shapes and dtypes of `shared`, finite values and a weight."""
     for answers, shared in ((trial.first[0], trial.shared), (trial.second[0], trial.following)):
         yield from refused(answers, shared, trial.method)
 
