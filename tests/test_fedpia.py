@@ -121,9 +121,9 @@ def test_a_site_finds_its_own_order_again(backbone: str, probes: Callable[[str],
         {"accept": "always"},
     ):
         method = replace(PIA, **options)  # type: ignore[arg-type]
-        plans = method._by_activations(site, shuffled, own)
+        plans = method.permuting.by_activations(shuffled, own, site)
         assert len(plans) == len(by_place(own)) > 1
-        assert same(method._carried(shuffled, plans), own)
+        assert same(method.permuting.carried(shuffled, plans), own)
     features = [model(batch, ADAPTER, tensors) for tensors in (own, shuffled)]
     for a, b in zip(*((f.pooled, f.scores) for f in features), strict=True):
         assert (a is None and b is None) or torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5) is None
@@ -164,7 +164,7 @@ def test_a_split_half_match_lets_unrelated_units_stay(model: Adaptable) -> None:
     moved = {}
     for accept in ("always", "split-half"):
         method = replace(PIA, accept=accept)  # type: ignore[arg-type]
-        plans = [method._by_weights(drawn(model, seed), current, "x") for seed in range(10, 20)]
+        plans = [method.permuting.by_weights(drawn(model, seed), current, "x") for seed in range(10, 20)]
         orders = [plan.units() for own in plans for plan, _ in own.values()]
         moved[accept] = sum(not torch.equal(order, torch.arange(6)) for order in orders) / len(orders)
     assert moved["always"] > 0.9
@@ -280,9 +280,10 @@ def test_adapters_that_start_apart_take_the_first_sites_order(tmp_path: Path) ->
     # Alone, the first site is the result, in whatever order; the others take that order.
     alone = adapter_of(method.aggregate(shared, replies[:1])[0])
     first = replies[0].update.tensors
-    torch.testing.assert_close(method._carried(first, method._by_weights(first, alone, "x")), alone)
+    torch.testing.assert_close(method.permuting.carried(first, method.permuting.by_weights(first, alone, "x")), alone)
     aligned = [
-        method._carried(reply.update.tensors, method._by_weights(reply.update.tensors, alone, "x")) for reply in replies
+        method.permuting.carried(reply.update.tensors, method.permuting.by_weights(reply.update.tensors, alone, "x"))
+        for reply in replies
     ]
     torch.testing.assert_close(adapter_of(following), mean((tensors, 1.0) for tensors in aligned))
     assert bool(following["server/ordered"])
@@ -332,7 +333,7 @@ def test_a_site_chooses_by_its_held_out_loss(model: Adaptable) -> None:
         own, current = drawn(model, seed), drawn(model, 100 + seed)
         held = Private({**head, **at("local", own)})
         start, _, told = method._integrated(site, current, held, 0.5)
-        turned = method._carried(current, method._by_activations(site, current, own))
+        turned = method.permuting.carried(current, method.permuting.by_activations(current, own, site))
         blends = {(0.0, 0): own}
         for i, other in enumerate((turned, current)):
             blends |= {(b, i): {n: (1 - b) * own[n] + b * other[n] for n in own} for b in (0.3, 1.0)}

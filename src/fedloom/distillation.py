@@ -1,7 +1,6 @@
 """What one branch of a model learns: from its batch, and from what another branch makes of it."""
 
 import logging
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,8 +13,6 @@ from fedloom.errors import MethodError
 from fedloom.site import Site
 from fedloom.tasks import Classification, Detection, Task
 from fedloom.tensors import Tensors
-
-BLENDS = (1.0, 0.75, 0.5, 0.25, 0.0)  # weights that are tried
 
 log = logging.getLogger(__name__)
 
@@ -92,16 +89,6 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float, independent
     log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
     each = (log_t.exp() * (log_t - log_s)).sum(-1)
     return each.mean() * temperature**2
-
-
-def blended(task: Task, local: Tensor, given: Tensor, targets: Tensor) -> float:
-    """The weight of the logits `local` beside `given`, (n, labels) each, of least loss; of two as good, the first."""
-
-    def loss(weight: float) -> float:
-        value = float(task.loss(torch.lerp(given, local, weight), targets))
-        return value if math.isfinite(value) else math.inf
-
-    return min(BLENDS, key=loss)
 
 
 def pairs(logits: Tensor, targets: Tensor) -> Tensor:

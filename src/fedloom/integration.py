@@ -10,6 +10,7 @@ All three are the mean at γ = 0. Sums are float64 and folded in the order given
 relative to the largest so far, so that weights are right even where every e^{-γ d_k / s} underflows.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Literal, TypeAlias
@@ -20,6 +21,9 @@ from torch import Tensor
 from fedloom.errors import UpdateError
 from fedloom.tensors import Tensors, by_place
 
+log = logging.getLogger(__name__)
+
+SHRUNK = 0.9  # S below which the literal form is said to shrink the global adapter
 Mode: TypeAlias = Literal["normalized", "literal", "delta"]
 
 
@@ -102,6 +106,12 @@ class Fold:
         p, total, top = self._weights()
         if not p > 0:
             raise UpdateError("there is nothing to integrate: no site answered with a weight above zero.")
+        if mode == "literal" and self.kept() < SHRUNK:
+            log.warning(
+                "the literal integration keeps %.2f of the global adapter in this round, and shrinks it towards zero; "
+                "integration = 'normalized' does not",
+                self.kept(),
+            )
         return combined(mode, self._current, self._sums, total, top.exp() / p)
 
     def shares(self) -> Mapping[str, float]:
@@ -113,6 +123,13 @@ class Fold:
         """S = Σ p_k e^{-γ d_k / s} / Σ p_k, what the literal form keeps; the mean over places."""
         p, total, top = self._weights()
         return float((total * top.exp() / p).mean())
+
+    def told(self) -> dict[str, float]:
+        """w_k by site, the effective number of sites (Σ w_k)² / Σ w_k², and S."""
+        shares = self.shares()
+        effective = 1 / sum(share**2 for share in shares.values())
+        by_site = {f"server/weight/{site}": share for site, share in shares.items()}
+        return {**by_site, "effective": effective, "sum": self.kept()}
 
     def _weights(self) -> tuple[float, Tensor, Tensor]:
         top = torch.zeros(1, dtype=torch.float64) if self._top is None else self._top

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fedloom.errors import UpdateError
@@ -30,9 +31,13 @@ def folded(leaves: Tensors, scale: float = 1.0) -> Factors:
     return leaves["B"].double() * scale, A * leaves["gate"].double()[:, None] if "gate" in leaves else A
 
 
-def adapter(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """The tensors of a plain LoRA, float32, with these factors."""
-    return {f"{place}/{leaf}": t.float() for place, (B, A) in factors.items() for leaf, t in (("A", A), ("B", B))}
+def adapter(factors: Mapping[str, Factors], least: int = 0) -> dict[str, Tensor]:
+    """The tensors of a plain LoRA, float32, with these factors, and with zeros up to `least` ranks."""
+    new = {}
+    for place, (B, A) in factors.items():
+        free = max(0, least - len(A))
+        new[f"{place}/A"], new[f"{place}/B"] = F.pad(A, (0, 0, 0, free)).float(), F.pad(B, (0, free)).float()
+    return new
 
 
 def joined(parts: Iterable[tuple[Factors, float]]) -> Factors:

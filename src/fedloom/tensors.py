@@ -68,6 +68,16 @@ def only(names: Iterable[str], tensors: Tensors) -> dict[str, Tensor]:
     return {name: tensors[name] for name in names}
 
 
+def shapes(tensors: Tensors) -> dict[str, torch.Size]:
+    """By name."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def same(a: Tensors, b: Tensors) -> bool:
+    """Whether names, shapes and values are equal."""
+    return shapes(a) == shapes(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def mean(weighted: Iterable[tuple[Tensors, float]]) -> dict[str, Tensor]:
     r"""Weighted mean, name by name.
 

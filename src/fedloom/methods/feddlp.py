@@ -44,16 +44,17 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
-from fedloom import lowrank, rotation
+from fedloom import choice, lowrank, rotation
 from fedloom.adapters import LoRA, Width
 from fedloom.backbones.adaptable import Adaptable, Batch, Features
-from fedloom.distillation import Lesson, blended
+from fedloom.distillation import Lesson
 from fedloom.errors import MethodError
 from fedloom.pruning import Pruning, ranks
 from fedloom.site import Answer, Site, Update
@@ -84,9 +85,7 @@ class FedDLP:
     schedule: Literal["alternating", "joint"] = "alternating"
     reuse: bool = False  # Z_g's forward as teacher and as student: a forward less, for one more branch in memory
     lr: Positive | None = None  # of the global adapter; None: that of [training]
-    moments: Literal["kept", "fresh"] = (
-        "kept"  # Adam's, from round to round; with few steps a round fresh ones move more
-    )
+    moments: Literal["kept", "fresh"] = "kept"  # Adam's, from round to round; fresh ones take greater steps
     pruning: Pruning | None = field(default_factory=Pruning)  # None: the local adapter is a plain LoRA
     # server and inference
     share: Literal["global", "both"] = "global"  # both: the local adapters too, pruned, for sites that have none yet
@@ -195,9 +194,8 @@ class FedDLP:
             seen = mine
             if gamma:
                 with torch.no_grad():
-                    teacher = self.lesson.logits(
-                        site.task, site.model(batch, self.local, mine.tensors), mine.tensors, batch
-                    )
+                    features = site.model(batch, self.local, mine.tensors)
+                teacher = self.lesson.logits(site.task, features, mine.tensors, batch)
         if branch is None or (alternating and not self.reuse):
             branch = site.model(batch, self.shared, free)
         student = self.lesson.logits(site.task, branch, part("head", seen.tensors), batch)
@@ -231,17 +229,14 @@ class FedDLP:
             with placed(site, "fine-tuning", i):
                 told = self.lesson.told(site.task, batch)
                 with torch.no_grad():
-                    branch = site.model(told, self.shared, without("local", shared))
+                    branch = site.model(told, self.shared, without("local", shared)) if self.gamma else None
                 mine, _, _ = self._step("fine-tuning", site, told, mine, branch)
         mine = self._pruned("fine-tuning", site, began, mine)
         return Private({**self._kept(site, shared, mine), **at("opt/shared", under("opt/shared", private))})
 
     def serve(self, site: Site, shared: Shared, private: Private) -> Callable[[Batch], Tensor]:
-        own = {
-            **site.task.init(site.model.dim, site.seed),
-            **self._local(site, shared, private),
-            **part("head", private),
-        }
+        fresh = site.task.init(site.model.dim, site.seed)
+        own = {**fresh, **self._local(site, shared, private), **part("head", private)}
         return self._predictor(site, shared, own, float(private.get("choice/blend", torch.tensor(1.0))))
 
     def _state(self, site: Site, shared: Shared, private: Private) -> State:
@@ -265,40 +260,26 @@ class FedDLP:
     def _predictor(self, site: Site, shared: Shared, own: Tensors, blend: float) -> Callable[[Batch], Tensor]:
         """`blend`: the local branch's part of the logits."""
         if self.predict_with == "both":
-            mine, given = (
-                lowrank.products(without("head", own)),
-                lowrank.products(without("local", shared), self._ratio),
-            )
-            joined = {place: lowrank.joined([(mine[place], 1.0), (given[place], 1.0)]) for place in given}
+            theirs = lowrank.products(without("local", shared), self._ratio)
+            mine = lowrank.products(without("head", own))
+            joined = {place: lowrank.joined([(mine[place], 1.0), (theirs[place], 1.0)]) for place in theirs}
             together = {**lowrank.adapter(joined), **part("head", own)}
             return lambda batch: site.logits(self.local, together, batch)
         weight = {"local": 1.0, "global": 0.0}.get(self.predict_with, blend)
         ours = {**without("local", shared), **part("head", own)}
-        if weight == 0:
-            return lambda batch: site.logits(self.shared, ours, batch)
-        if weight == 1:
-            return lambda batch: site.logits(self.local, own, batch)
-        return lambda batch: torch.lerp(
-            site.logits(self.shared, ours, batch), site.logits(self.local, own, batch), weight
-        )
+        local, given = partial(site.logits, self.local, own), partial(site.logits, self.shared, ours)
+        if weight in (0.0, 1.0):
+            return local if weight else given
+        return lambda batch: torch.lerp(given(batch), local(batch), weight)
 
     def _kept(self, site: Site, shared: Shared, mine: State) -> dict[str, Tensor]:
         own = {**at("local", without("head", mine.tensors)), **part("head", mine.tensors)}
         if self.moments == "kept":
             own |= at("opt/local", mine.moments)
         if self.predict_with == "blend" and len(site.held_out):
-            own["choice/blend"] = torch.tensor(self._blend(site, shared, mine.tensors))
+            local, given = (self._predictor(site, shared, mine.tensors, weight) for weight in (1.0, 0.0))
+            own["choice/blend"] = torch.tensor(choice.blend(site, local, given))
         return own
-
-    @torch.no_grad()
-    def _blend(self, site: Site, shared: Shared, own: Tensors) -> float:
-        """The weight of the local branch of least loss on the site's held-out examples."""
-        passes = list(site.passes(site.held_out))
-        local, given = (
-            torch.cat([predict(batch) for batch in passes])
-            for predict in (self._predictor(site, shared, own, weight) for weight in (1.0, 0.0))
-        )
-        return blended(site.task, local, given, torch.cat([batch.targets for batch in passes]))
 
     def _pruned(self, round: int | str, site: Site, began: State, mine: State) -> State:
         if self.pruning is None:
@@ -310,11 +291,7 @@ class FedDLP:
         """The local adapter with its gates inside, if it is shared; a layer without a rank as one of zeros."""
         if self.share == "global":
             return {}
-        products = lowrank.products(without("head", mine.tensors))
-        for place, (B, A) in products.items():
-            if not len(A):
-                products[place] = B.new_zeros(len(B), 1), A.new_zeros(1, A.shape[1])
-        return at("local", lowrank.adapter(products))
+        return at("local", lowrank.adapter(lowrank.products(without("head", mine.tensors)), least=1))
 
     @property
     def _ratio(self) -> float:

@@ -27,33 +27,29 @@ where adapters started apart (`init = "independent"`, sites that bring their own
 """
 
 import itertools
-import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
-from fedloom import alignment, rotation, transport
+from fedloom import alignment, choice, rotation, transport
 from fedloom.adapters import Bottleneck, LoRA
-from fedloom.alignment import Matching
 from fedloom.backbones.adaptable import Adaptable, Batch
 from fedloom.errors import MethodError
 from fedloom.integration import Fold, combined, distances, exponents, norm, per_tensor, sizes
+from fedloom.permuting import Permuting
 from fedloom.site import Answer, Site, Update
 from fedloom.statistics import means
 from fedloom.tasks import Task
-from fedloom.tensors import Private, Shared, Tensors, at, mean, of_model, only, part, under
+from fedloom.tensors import Private, Shared, Tensors, at, mean, of_model, only, part, same, shapes, under
 from fedloom.training import Positive, fit, head
 from fedloom.transport import Order, Plans
 
-log = logging.getLogger(__name__)
-
 LOWEST = -60.0  # exponent of a weight that a site computes: below it, a float32 product of weight and tensor loses bits
-SHRUNK = 0.9  # S below which the literal form is said to shrink the global adapter
 
 Share: TypeAlias = Annotated[float, Ge(0), Le(1)]
 Blend: TypeAlias = Annotated[float, Gt(0), Le(1)]
@@ -94,16 +90,8 @@ class FedPIA:
     @classmethod
     def paper(cls) -> "FedPIA":
         """As published; γ, β and the probe's size are not, nor which of the three adapters is evaluated."""
-        return cls(
-            cost="in",
-            squared=False,
-            similarity="euclidean",
-            probe_inputs="own",
-            accept="always",
-            gamma=1e-3,
-            integration="literal",
-            scale="one",
-        )
+        published = cls(cost="in", squared=False, similarity="euclidean", probe_inputs="own", accept="always")
+        return replace(published, gamma=1e-3, integration="literal", scale="one")
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma < math.inf:
@@ -146,6 +134,11 @@ class FedPIA:
         return Shared({**fresh, "server/distance": scale, "server/ordered": ordered, "server/round": torch.tensor(0)})
 
     @property
+    def permuting(self) -> Permuting:
+        compared = (self.adapter, self.cost, self.squared, self.similarity, self.probe, self.probe_inputs)
+        return Permuting(*compared, self.solver, self.accept, self.least_gain)
+
+    @property
     def by_layer(self) -> bool:
         return self.distance == "layer"
 
@@ -159,24 +152,24 @@ class FedPIA:
         own = own or (site.model.init(self.adapter, site.seed, site.name) if apart else of_model(shared))
         held = {**private, **at("local", own), **heads}
         beta = self.beta[min(round, len(self.beta) - 1)]
-        start, choice, told = (own, {}, {}) if apart else self._integrated(site, shared, held, beta, round)
+        start, chosen, told = (own, {}, {}) if apart else self._integrated(site, shared, held, beta, round)
         trained, loss = fit(site, {**start, **heads}, lambda t, b: site.loss(self.adapter, t, b), round)
         after = only(start, trained)
         sent, more = self._aligned(site, shared, after) if self.matching == "site" else (after, {})
         weight = 1.0 if self.weighting == "uniform" else float(len(site))
         update = Update(Shared(sent), weight, examples=len(site), metrics={"loss": loss, **told, **more})
-        return update, Private({**only(heads, trained), **at("local", after), **choice})
+        return update, Private({**only(heads, trained), **at("local", after), **chosen})
 
     def personalise(self, site: Site, shared: Shared, private: Private, epochs: int) -> Private:
         if not epochs:
             return private
         own, heads = self._own(site, private) or of_model(shared), head(site, private)
         held = {**private, **at("local", own), **heads}
-        start, choice, _ = self._integrated(site, shared, held, self.beta[-1])
+        start, chosen, _ = self._integrated(site, shared, held, self.beta[-1])
         tuned, _ = fit(site, {**start, **heads}, lambda t, b: site.loss(self.adapter, t, b), "fine-tuning", epochs)
         # What was tuned is served, whatever `predict_with` says.
-        choice |= {"choice/tuned": torch.ones(())}
-        return Private({**only(heads, tuned), **at("local", only(start, tuned)), **choice})
+        chosen |= {"choice/tuned": torch.ones(())}
+        return Private({**only(heads, tuned), **at("local", only(start, tuned)), **chosen})
 
     def serve(self, site: Site, shared: Shared, private: Private) -> Callable[[Batch], Tensor]:
         own, adapter = under("local", private), of_model(shared)
@@ -197,52 +190,30 @@ class FedPIA:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
         """(1 - β) W_k + β W̃_G, the global adapter's units in the order of the site's own; `held`: head and own."""
         current, own = of_model(shared), under("local", held)
-        if _equal(current, own):
+        if same(current, own):
             return own, {}, {}
         if self.solver == "procrustes":
             own = rotation.evened(own)  # a blend of factors is one of updates only in one basis, and of one scale
         plans = self._kept(round, under("choice/client", held), current, own)
         plans = plans or self._by_activations(site, current, own)
-        turned = self._carried(current, plans)
+        turned = self.permuting.carried(current, plans)
         if self.choose and len(site.held_out):
-            start, beta = self._chosen(site, held, own, [turned, current])
+            # Its own adapter, or a blend with the global one, aligned or as it came.
+            others = [other for other in (turned, current) if shapes(other) == shapes(own)]
+            heads, blends = part("head", held), [(_blend(own, other, b), b) for other in others for b in self.choose]
+            every = [({**adapter, **heads}, b) for adapter, b in [(own, 0.0), *blends]]
+            best, beta = choice.best(site, self.adapter, every)
+            start = only(own, best)
         else:
             start = _blend(own, turned, beta)
         told = transport.told("client", plans, under("choice/client", held))
         return start, at("choice/client", transport.units(plans)), {**told, "beta": beta}
 
-    def _chosen(
-        self, site: Site, held: Tensors, own: Tensors, others: Sequence[Tensors]
-    ) -> tuple[dict[str, Tensor], float]:
-        """The site's own adapter or a blend with the global one, aligned or as it came: the one of least loss on the
-        site's held-out examples. Never on training examples, where its own would always win."""
-        heads = part("head", held)
-        blends = [(_blend(own, other, b), b) for other in others if _shapes(other) == _shapes(own) for b in self.choose]
-
-        def loss(adapter: Tensors) -> float:
-            parts = site.passes(site.held_out)
-            return sum(float(site.loss(self.adapter, {**adapter, **heads}, batch)) * len(batch) for batch in parts)
-
-        with torch.no_grad():
-            return min([(dict(own), 0.0), *blends], key=lambda blend: loss(blend[0]))
-
     def _by_activations(self, site: Site, current: Tensors, own: Tensors) -> Plans:
-        """For each place, which unit of the global adapter fires like which of the site's own, on the probe."""
-        if self.permute in ("server", "neither") and _shapes(current) == _shapes(own):
+        """Where the global adapter's units go among the site's own."""
+        if self.permute in ("server", "neither") and shapes(current) == shapes(own):
             return {}
-        if self.solver == "procrustes":
-            return self._by_weights(current, own, site.name)
-        batch, matching = site.probe(self.probe), self._matching(self._alike)
-        ours = site.model.inputs(batch, self.adapter, own)
-        if self.probe_inputs == "shared":
-            reads = ((place.name, h[mask], h[mask], _first_half(mask)) for place, h, mask in ours)
-        else:
-            theirs = site.model.inputs(batch, self.adapter, current)
-            reads = (
-                (place.name, other[mask], h[mask], _first_half(mask))
-                for (_, other, _), (place, h, mask) in zip(theirs, ours, strict=True)
-            )
-        return alignment.matched_on(reads, current, own, self.adapter, matching, site.name)
+        return self.permuting.by_activations(current, own, site)
 
     def _aligned(self, site: Site, shared: Tensors, own: Tensors) -> tuple[dict[str, Tensor], dict[str, float]]:
         """What makes a mean at the server enough: e_k W̃_k, and beside it e_k and d_k."""
@@ -282,24 +253,11 @@ class FedPIA:
             far.append(({"distance": d}, answer.update.weight))
             told.append(transport.told("server", plans, before))
             orders |= at(f"match/{answer.site}", transport.units(plans))
-        following, shares = fold.integrated(self.integration), fold.shares()
-        if self.integration == "literal" and fold.kept() < SHRUNK:
-            log.warning(
-                "the literal integration keeps %.2f of the global adapter in this round, and shrinks it towards zero; "
-                "integration = 'normalized' does not",
-                fold.kept(),
-            )
+        following = fold.integrated(self.integration)
         matched = {name: order for name, order in state.items() if name.startswith("match/")} | orders
         done = {"ordered": torch.tensor(True), "round": torch.tensor(round + 1)}
         server = at("server", {**matched, **mean(far), **done})
-        metrics = {
-            **means(told),
-            **{f"server/weight/{site}": share for site, share in shares.items()},
-            "effective": 1 / sum(share**2 for share in shares.values()),
-            "sum": fold.kept(),
-            "norm": norm(following),
-        }
-        return Shared({**following, **server}), metrics
+        return Shared({**following, **server}), {**means(told), **fold.told(), "norm": norm(following)}
 
     def _merged(self, shared: Shared, answers: Iterable[Answer]) -> tuple[Shared, Mapping[str, float]]:
         """The same, of the mean of what sites have aligned and weighted themselves."""
@@ -330,10 +288,10 @@ class FedPIA:
         self, site: str, own: Tensors, target: Tensors, round: int | None = None, before: Tensors | None = None
     ) -> tuple[dict[str, Tensor], Plans]:
         """W̃_k: a site's units in the order of the target's."""
-        if self.permute in ("client", "neither") and _shapes(own) == _shapes(target):
+        if self.permute in ("client", "neither") and shapes(own) == shapes(target):
             return dict(own), {}
-        plans = self._kept(round, before or {}, own, target) or self._by_weights(own, target, site)
-        return self._carried(own, plans), plans
+        plans = self._kept(round, before or {}, own, target) or self.permuting.by_weights(own, target, site)
+        return self.permuting.carried(own, plans), plans
 
     def _permuted_of(self, answer: Answer, target: Tensors) -> dict[str, Tensor]:
         return self._permuted(answer.site, answer.update.tensors, target)[0]
@@ -351,46 +309,10 @@ class FedPIA:
 
     def _kept(self, round: int | None, orders: Tensors, source: Tensors, target: Tensors) -> Plans:
         """The match of an earlier round, where it holds in this one; its gain is not measured again."""
-        if round is None or round % self.every == 0 or _shapes(source) != _shapes(target):
+        if round is None or round % self.every == 0 or shapes(source) != shapes(target):
             return {}
         return {place: (Order(order.long()), None) for place, order in orders.items()}
-
-    def _by_weights(self, source: Tensors, target: Tensors, site: str) -> Plans:
-        """For each place, which unit of `source` is like which of `target` in its weights."""
-        if self.solver == "procrustes":
-            return rotation.turned(source, target)
-        matching = self._matching(self._metric)
-        return alignment.matched(source, target, self.adapter.symmetry, self.cost, matching, site)
-
-    def _carried(self, tensors: Tensors, plans: Plans) -> dict[str, Tensor]:
-        return transport.carried(tensors, plans, self.adapter.symmetry)
-
-    def _matching(self, distance: alignment.Distance) -> Matching:
-        assert self.solver != "procrustes"  # which matches no units
-        return Matching(distance, self.solver, self.accept, self.least_gain)
-
-    @property
-    def _alike(self) -> alignment.Distance:
-        return alignment.decorrelation if self.similarity == "correlation" else self._metric
-
-    @property
-    def _metric(self) -> alignment.Distance:
-        return alignment.squared if self.squared else alignment.euclidean
 
 
 def _blend(own: Tensors, other: Tensors, beta: float) -> dict[str, Tensor]:
     return {name: (1 - beta) * own[name] + beta * other[name] for name in own}
-
-
-def _equal(a: Tensors, b: Tensors) -> bool:
-    return _shapes(a) == _shapes(b) and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def _shapes(tensors: Tensors) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-def _first_half(mask: Tensor) -> Tensor:
-    """Which of the unmasked positions belong to the first half of the probe: tokens of one image are alike."""
-    row, position = mask.nonzero(as_tuple=True)
-    return row < len(mask) / 2 if len(mask) > 1 else position % 2 == 0
