@@ -1,0 +1,10 @@
+"""The command line: the one place that prints. What is heavy is imported by the command that needs it."""
+
+from fedloom.cli import running
+
+# isort: split
+# Commands stand in --help as their files stand here.
+from fedloom.cli import comparing
+from fedloom.cli.app import app, main
+
+__all__ = ["app", "comparing", "main", "running"]

@@ -1,0 +1,110 @@
+"""run, evaluate, predict, check: one federation, and the machine it runs on."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloom.cli.app import app
+from fedloom.cli.options import RecipeName, RunFolder, Settings, loaded
+from fedloom.errors import RunError
+
+
+@app.command(epilog="Example: fedloom run quickstart --set federation.rounds=5 --out runs/short")
+def run(
+    recipe: RecipeName,
+    settings: Settings = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The run's folder; else runs/RECIPE.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read and check everything, estimate time, memory, disk and bytes.")
+    ] = False,
+) -> None:
+    """Run a federation, and show what each site gained."""
+    asked = loaded(recipe, settings)
+    folder = out or Path("runs") / Path(recipe).stem
+    if dry_run:
+        from fedloom.estimate import estimate
+
+        for line in estimate(asked).lines():
+            print(line)
+        return
+    from fedloom.progress import watching
+    from fedloom.report import table
+    from fedloom.runs import run as run_recipe
+
+    with watching() as watch:
+        done = run_recipe(asked, folder, resume=resume, watch=watch)
+    print(table(done.summary))
+    print(f"\nReport: {done.folder / 'report.html'}")
+
+
+@app.command(epilog="Example: fedloom evaluate runs/quickstart --split held_out")
+def evaluate(
+    run: RunFolder,
+    site: Annotated[str | None, typer.Option("--site", metavar="NAME", help="One site only.")] = None,
+    split: Annotated[str, typer.Option("--split", metavar="SPLIT", help="train, held_out or test.")] = "test",
+    by: Annotated[
+        str | None, typer.Option("--by", metavar="COLUMN", help="A row for each value of a column: scanner, sex.")
+    ] = None,
+) -> None:
+    """Measure what each site of a run serves."""
+    if split not in ("train", "held_out", "test"):
+        raise RunError(f"there is no split '{split}'; expected train, held_out or test.")
+    from fedloom.progress import watching
+    from fedloom.report import measured_table
+    from fedloom.runs import Run
+
+    with watching():
+        found = Run(run).measure(split, site, by)
+    print(measured_table(found, mean=by is None))
+
+
+@app.command(epilog="Example: fedloom predict runs/vqamed-organ --site other --image x.jpg --question 'which plane?'")
+def predict(
+    run: RunFolder,
+    site: Annotated[str, typer.Option("--site", metavar="NAME", help="Whose model answers.")],
+    image: Annotated[
+        Path | None, typer.Option("--image", metavar="FILE", help="A picture (.dcm too), or a folder of pictures.")
+    ] = None,
+    question: Annotated[str | None, typer.Option("--question", metavar="TEXT", help="What to answer.")] = None,
+    text: Annotated[str | None, typer.Option("--text", metavar="TEXT", help="A sentence or a report.")] = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many answers to give.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where the answers for a folder go; else answers.csv.")
+    ] = None,
+) -> None:
+    """What a site's model says of an image or a text; of a folder of images, into a CSV."""
+    from fedloom.answers import images_in, write_csv
+    from fedloom.progress import watching
+    from fedloom.runs import Run
+
+    if image is None or not image.is_dir():
+        if out is not None:
+            raise RunError("--out is for a folder of images; name one with --image.")
+        for label, probability in Run(run).predict(site, image, text, question)[:top]:
+            print(f"{probability:6.1%}  {label}")
+        return
+    images, table = images_in(image), out or Path("answers.csv")
+    with watching():
+        answers = Run(run).answers(site, images, text, question)
+    write_csv(table, answers, top)
+    bad = len(images) - len(answers)
+    print(f"{table}: {len(answers)} images" + (f"; {bad} could not be read" if bad else ""))
+
+
+@app.command(epilog="Example: fedloom check quickstart")
+def check(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe whose data to look at.")] = None,
+    settings: Settings = None,
+) -> None:
+    """Look at this machine and, given a recipe, at its data: sites, sizes, classes, images that two sites share."""
+    from fedloom.doctor import machine, sites
+
+    for line in machine():
+        print(line)
+    if recipe is not None:
+        for line in sites(loaded(recipe, settings)):
+            print(line)
