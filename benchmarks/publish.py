@@ -15,12 +15,14 @@ import os
 import platform
 import re
 import subprocess
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from fedloom.comparisons import Comparison
 from fedloom.endpoints import judged, protocol
 from fedloom.report import comparison_table, picture, table
+from fedloom.report.compared import told
 from fedloom.runs import Run
 
 PERSONAL = re.compile(r"personal\.\w+\.mean")
@@ -39,6 +41,7 @@ def main() -> None:
     result["commit"] = arguments.commit or result["commit"]
     if (compared := arguments.run / "comparison.json").is_file():
         result |= json.loads(compared.read_text())
+        result["differences"] = told(result)
         written = compared_page(arguments.name, result)
     else:
         run = Run(arguments.run)
@@ -77,8 +80,31 @@ def compared_page(name: str, result: dict[str, Any]) -> str:
         f"# {name}\n\n"
         f"`{result['command']}`, commit {result['commit'][:10]}, protocol {result['protocol'][:10]}, "
         f"{result['machine']}. Made from `benchmarks/results/{name}.json` by `benchmarks/publish.py`.\n\n"
-        f"```text\n{comparison_table(comparison)}\n```\n"
+        f"```text\n{comparison_table(comparison)}\n```\n{tuned(result.get('tuning'))}"
     )
+
+
+def tuned(tuning: dict[str, Any] | None) -> str:
+    """What was chosen for each row, and what each choice came to; nothing where nothing was tuned."""
+    if tuning is None:
+        return ""
+    said = [json.dumps(dict(zip(tuning["grid"], values, strict=True))) for values in product(*tuning["grid"].values())]
+    lines = [
+        f"\nChosen for each row on seeds {', '.join(map(str, tuning['seeds']))}, by the mean held-out metric of the "
+        "sites (per cent):\n",
+        f"| row | {' | '.join(said)} |",
+        f"| --- |{' ---: |' * len(said)}",
+    ]
+    for row, own in tuning["rows"].items():
+        if own["choice"] is None:
+            continue
+        tried = {json.dumps(one["set"]): one.get("held_out") for one in own["tried"]}
+        marks = {said: "**" if said == json.dumps(own["choice"]) else "" for said in tried}
+        cells = (
+            f"{marks[key]}{100 * x:.1f}{marks[key]}" if (x := tried[key]) is not None else "failed" for key in said
+        )
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def index() -> str:

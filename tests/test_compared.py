@@ -11,7 +11,7 @@ import pytest
 from fedloom.cells import Cell
 from fedloom.comparisons import Comparison, summarised
 from fedloom.report import comparison_table
-from fedloom.report.compared import better_alone, compared_page, difference, write_comparison
+from fedloom.report.compared import better_alone, compared_page, difference, told, write_comparison
 
 SITES = ("lung, mediastinum, pleura", "<b>&")
 
@@ -115,3 +115,23 @@ def test_a_comparison_of_before_these_figures_is_shown_too(compared: Comparison,
     write_comparison(tmp_path)
     assert "63.5" in (tmp_path / "comparison.html").read_text()
     assert "63.5" in comparison_table(Comparison(own["rows"], own["differences"], own["seeds"]))
+
+
+def test_of_many_rows_only_the_differences_to_local_only_are_told(compared: Comparison) -> None:
+    own = content(compared)
+    assert told(own) == own["differences"]
+    own["rows"] |= {f"more-{i}": {"summary": {}, "missing": {}} for i in range(9)}
+    few = told(own)
+    assert {(one["of"], one["minus"]) for one in few} == {("fedavg", "local"), ("frozen", "local")}
+    (one,) = (one for one in few if one["of"] == "fedavg" and one["figure"] == "personal.accuracy.mean")
+    assert one["mean"] == pytest.approx(0.635 - 0.5575)
+
+
+def test_a_row_that_no_federation_may_have_is_marked(compared: Comparison) -> None:
+    own = content(compared)
+    assert "which no federation may do" not in comparison_table(compared)
+    own["rows"]["pooled"] = own["rows"].pop("frozen")
+    own["differences"] = []
+    comparison = Comparison(own["rows"], (), own["seeds"])
+    assert "* pooled: the data of all sites at one place, which no federation may do" in comparison_table(comparison)
+    assert "pooled: the data of all sites at one place, which no federation may do." in compared_page(own, "squares")

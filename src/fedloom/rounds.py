@@ -10,9 +10,9 @@ from typing import Any
 from fedloom.assembly import Federation
 from fedloom.engines.local import LocalEngine
 from fedloom.errors import RunError
-from fedloom.events import Began, Ended, Replied, Watch
+from fedloom.events import Began, Ended, Note, Replied, Watch
 from fedloom.federation import Engine, Round, federate, visible
-from fedloom.methods import Method
+from fedloom.methods import Method, Pooled
 from fedloom.site import Answer, Reply
 from fedloom.store import Store, write
 from fedloom.tensors import Private, Shared
@@ -25,6 +25,9 @@ def train(
     options, schedule = federation.recipe.federation, federation.schedule
     engine = federation.engine(method, folder)
     checkpoints = Store(folder / "server", options.keep)
+    if isinstance(method, Pooled):
+        watch(Note(f"{stage}: all training data at one place"))
+        return _pooled(method, engine, checkpoints, federation)
     last, shared = _resumed(checkpoints, engine, lines := lines_of(folder))
     lines = lines[: last + 1]
     if last < 0:
@@ -39,6 +42,19 @@ def train(
         write(folder / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
         checkpoints.after(done.round, shared)
         watch(Ended(stage, lines[-1]))
+    return shared, _personalised(method, engine, shared, federation)
+
+
+def _pooled(
+    method: Pooled, engine: LocalEngine, checkpoints: Store, federation: Federation
+) -> tuple[Shared, dict[str, Private]]:
+    """No rounds, only what they would leave."""
+    schedule, participants = federation.schedule, engine.participants.values()
+    start = method.start(federation.model, federation.task, len(participants), schedule.seed)
+    shared, privates = method.train([own.site for own in participants], start, schedule.rounds, schedule.seed)
+    checkpoints.after(schedule.rounds - 1, shared)
+    for own, private in zip(participants, privates, strict=True):
+        own.store.after(schedule.rounds - 1, private)
     return shared, _personalised(method, engine, shared, federation)
 
 

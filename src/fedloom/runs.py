@@ -22,8 +22,7 @@ from fedloom.engines.local import Participant
 from fedloom.errors import RunError
 from fedloom.events import Note, Watch
 from fedloom.federation import predict
-from fedloom.methods import METHODS, FedAvg, Local, Method
-from fedloom.pooled import pool
+from fedloom.methods import METHODS, Local, Method, Pooled
 from fedloom.recipe import Recipe, load
 from fedloom.report import write_report
 from fedloom.rounds import lines_of, totals, train
@@ -205,13 +204,10 @@ def _references(federation: Federation, folder: Path, watch: Watch) -> Iterator[
     adapter = federation.method.adapter
     for name in federation.recipe.reference.rows:
         method: Method
-        if name == "local":
-            method = Local(adapter)
-            shared, privates = train("local-only", method, federation, folder / "references" / name, watch)
-        elif name == "pooled":
-            watch(Note("pooled: all training data at one place"))
-            method = FedAvg(adapter, heads=federation.method.heads)
-            shared, privates = pool(federation, method)
+        if name in ("local", "pooled"):
+            method = Local(adapter) if name == "local" else Pooled(adapter, federation.method.heads)
+            stage = "local-only" if name == "local" else "pooled"
+            shared, privates = train(stage, method, federation, folder / "references" / name, watch)
         else:
             method = METHODS[name]()
             shared, sites = Shared({}), federation.participants.items()

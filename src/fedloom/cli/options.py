@@ -26,6 +26,7 @@ Settings = Annotated[
 
 
 def loaded(recipe: str, settings: list[str] | None) -> "Recipe":
+    """The recipe of these arguments."""
     from fedloom.recipe import load
 
     return load(recipe, settings or ())

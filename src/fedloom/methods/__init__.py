@@ -20,6 +20,7 @@ from fedloom.methods.frozen import Frozen
 from fedloom.methods.local import Local
 from fedloom.methods.majority import Majority
 from fedloom.methods.partial import Partial
+from fedloom.methods.pooled import Pooled
 from fedloom.methods.scaffold import Scaffold
 from fedloom.places import Adapter
 from fedloom.site import Answer, Site, Update
@@ -44,6 +45,7 @@ __all__ = [
     "Method",
     "Metrics",
     "Partial",
+    "Pooled",
     "Predictor",
     "Scaffold",
 ]
@@ -106,5 +108,6 @@ METHODS: Mapping[str, type[Method]] = {
     "local": Local,
     "majority": Majority,
     "partial": Partial,
+    "pooled": Pooled,
     "scaffold": Scaffold,
 }

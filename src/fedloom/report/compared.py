@@ -13,6 +13,8 @@ from fedloom.store import write
 
 FILE = "comparison.json"
 ALONE = "local"  # the row that a site would have without the others
+MANY = 12  # rows of which no table tells every difference
+MARKS = {"pooled": "the data of all sites at one place, which no federation may do"}
 COLOURS = 7  # then they come again, dashed
 Content = Mapping[str, Any]  # of comparison.json
 Estimate = Mapping[str, Any]  # a mean over seeds and its interval
@@ -78,6 +80,20 @@ def difference(content: Content, of: str, minus: str, figure: str) -> Estimate |
     return None
 
 
+def told(content: Content) -> list[Estimate]:
+    """The differences that fit into a table: of every two rows; where there are many, of each minus local-only."""
+    if len(content["rows"]) <= MANY:
+        return list(content["differences"])
+    figures = dict.fromkeys(own["figure"] for own in content["differences"])
+    found = (difference(content, row, ALONE, name) for name in figures for row in content["rows"])
+    return [own for own in found if own is not None]
+
+
+def marked(content: Content) -> list[str]:
+    """What has to be said of some rows."""
+    return [f"{row}: {note}" for row, note in MARKS.items() if content["rows"].get(row, {}).get("summary")]
+
+
 def federates(content: Content, row: str) -> bool:
     """Whether the sites of a row send anything that those of local-only do not."""
     sent = {name: one["summary"].get("bytes_up", {}).get("mean", 0.0) for name, one in content["rows"].items()}
@@ -110,6 +126,7 @@ def _said(content: Content) -> Iterator[str]:
         f"{listed(content['rows'])}, on the same sites and splits at {counted(seeds, 'seed')}. "
         "An interval is the 95 % t interval over seeds; sites are fixed, so it does not speak for others."
     )
+    yield from (f"{said}." for said in marked(content))
     if gone := missing(content):
         yield f"Not all could run: {listed(gone)}; the reasons are below."
 

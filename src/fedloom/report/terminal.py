@@ -126,13 +126,14 @@ def comparison_table(comparison: "Comparison") -> str:
             for row, own in comparison.rows.items()
             if name in own["summary"]
         ]
-        for difference in comparison.differences:
+        for difference in compared.told(content):
             if difference["figure"] == name:
                 label = f"{difference['of']} - {difference['minus']}"
                 p = f"  p {difference['p']:.3f}" if difference.get("p") is not None and difference["n"] > 1 else ""
                 lines.append(f"    {label:<40}{_estimate(difference)}{p}")
     if own := [name for name in compared.means(content) if name.startswith("personal.")]:
         lines += ["", _text([*(_spread(content, name) for name in own), Text(), _costs(content)]), ""]
+    lines += [f"* {said}" for said in compared.marked(content)]
     for row, sites in compared.better_alone(content).items():
         lines.append(_text([Text(f"! better alone than under {row}: {'; '.join(sites)}", style=LOSS)]))
     for row, reasons in compared.missing(content).items():
