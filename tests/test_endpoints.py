@@ -62,6 +62,15 @@ def test_an_endpoint_is_judged_by_its_lower_limit(margin: float) -> None:
     assert "holm" not in found  # the primary one stands alone
 
 
+def test_an_endpoint_may_be_of_the_worst_fifth() -> None:
+    own = content([0.6, 0.7, 0.8], [0.5, 0.6, 0.7])
+    for row, worst in (("a", 0.3), ("b", 0.35)):
+        for cell in own["rows"][row]["cells"].values():
+            cell["personal.accuracy.worst_fifth"] = worst
+    asked = [Endpoint("m", "primary", "s", "personal", "a", "b", 0.0, figure=name) for name in ("mean", "worst_fifth")]
+    assert [one["mean"] for one in judged(asked, {"s": own})] == pytest.approx([0.1, -0.05])
+
+
 def test_holm_is_over_all_secondary_endpoints_that_a_method_names() -> None:
     def secondary(method: str, setting: str) -> Endpoint:
         return Endpoint(method, "secondary", setting, "personal", "a", "b", 0.0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedloom import lowrank
 from fedloom.adapters import Head, LoRA, Sum
-from fedloom.backbones.adaptable import Adaptable, Batch
+from fedloom.backbones.adaptable import Adaptable, Batch, Features
 from fedloom.backbones.clip import CLIP
 from fedloom.check import check_method, federation
 from fedloom.distillation import divergence
@@ -821,6 +821,20 @@ def test_an_example_without_a_class_is_in_no_pair(site: Make) -> None:
     torch.testing.assert_close(paired, features.scores[[0, 2, 3, 4]][:, [0, 2, 0, 1]])
 
 
+def test_a_batch_without_a_pair_teaches_nothing(site: Make) -> None:
+    oxford = site(task=PROMPTS)
+    batch = replace(whole(oxford), targets=torch.full((6,), -1))
+    lesson = FedDLP(loss="contrastive").lesson
+    scores = oxford.model(batch, Head(), {}).scores
+    assert scores is not None
+    free = scores.clone().requires_grad_()
+    none = lesson.logits(PROMPTS, Features(torch.zeros(6, 1), free), {}, batch)
+    value = lesson.value(PROMPTS, none, none.detach(), 1.0, batch)
+    (slope,) = torch.autograd.grad(value, free)
+    assert float(value.detach()) == 0
+    assert not slope.any()
+
+
 # Recipes.
 
 
@@ -855,3 +869,5 @@ def test_what_is_trained_and_computed_is_counted(recipe: Path) -> None:
     assert dual.flops > 1.5 * large.flops
     both = estimate(load(recipe, {"method": {"name": "feddlp", "share": "both"}}))
     assert both.trained == dual.trained
+    chosen = estimate(load(recipe, {"method": {"name": "feddlp", "predict_with": "blend"}}))
+    assert chosen.flops == estimate(load(recipe, {"method": {"name": "feddlp", "predict_with": "local"}})).flops

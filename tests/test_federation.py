@@ -229,6 +229,16 @@ def test_a_site_of_which_nothing_is_heard_did_not_answer() -> None:
         run(Mute())
 
 
+def test_answers_that_a_method_has_no_use_for_are_taken_all_the_same() -> None:
+    class Deaf(FedAvg):
+        def aggregate(self, shared: Shared, answers: Iterable[Answer]) -> tuple[Shared, Mapping[str, float]]:
+            return shared, {}
+
+    (ended,) = run(Scripted(), Deaf())
+    assert tuple(ended.answers) == ROSTER
+    assert ended.silent == {}
+
+
 def test_an_error_of_the_method_is_not_taken_for_silence() -> None:
     class Confused(FedAvg):
         def aggregate(self, shared: Shared, answers: Iterable[Answer]) -> tuple[Shared, Mapping[str, float]]:

@@ -451,3 +451,11 @@ def test_who_comes_late_comes_in_the_last_round_of_a_row_that_has_one() -> None:
     recipe = load("quickstart", {"sites.site-01.joins": 2, "federation.rounds": 3})
     joins = {row: assemble(planned(recipe.row(row))).schedule.joins for row in ("local", "majority")}
     assert joins == {"local": {"site-01": 2}, "majority": {"site-01": 0}}
+
+
+def test_one_site_has_to_be_there_from_the_start() -> None:
+    late = {f"sites.site-{n:02}.joins": 1 for n in range(1, 11)}
+    with pytest.raises(RecipeError, match=r"all sites of .*quickstart.toml come late, none takes part in the first"):
+        assemble(planned(load("quickstart", late)))
+    del late["sites.site-04.joins"]
+    assert assemble(planned(load("quickstart", late))).schedule.asked(0) == ("site-04",)

@@ -35,6 +35,14 @@ def test_accuracy_and_loss_are_their_definitions(labels: list[str], seed: int) -
     assert all(math.isfinite(value) for value in metrics.values())
 
 
+def test_examples_whose_labels_are_all_unknown_teach_nothing() -> None:
+    logits = random(2, 3).requires_grad_()
+    loss = Classification(ANIMALS).loss(logits, torch.tensor([-1, -1]))
+    (slope,) = torch.autograd.grad(loss, logits)
+    assert float(loss.detach()) == 0
+    assert not slope.any()
+
+
 def test_a_linear_head_starts_undecided_and_sees_normalised_features() -> None:
     task = Classification(ANIMALS, head="linear")
     tensors = task.init(5, seed=0)
