@@ -6,8 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
 from test_albef import ANSWERS, randomised, tiny
 from test_hard_cases import rounds
 from test_vilt import processors, vilt_module
@@ -23,6 +26,7 @@ from fedloom.errors import DataError, MethodError, QuorumError
 from fedloom.federation import Schedule, federate, visible
 from fedloom.integration import distances
 from fedloom.methods import FedAvg, FedPIA, Local
+from fedloom.permuting import _first_half
 from fedloom.site import Answer, Site, Update
 from fedloom.store import Store
 from fedloom.tasks import Classification, Detection
@@ -127,6 +131,41 @@ def test_a_site_finds_its_own_order_again(backbone: str, probes: Callable[[str],
     features = [model(batch, ADAPTER, tensors) for tensors in (own, shuffled)]
     for a, b in zip(*((f.pooled, f.scores) for f in features), strict=True):
         assert (a is None and b is None) or torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5) is None
+
+
+@pytest.mark.parametrize("similarity", ["correlation", "euclidean"])
+@pytest.mark.parametrize("probe_inputs", ["shared", "own"])
+def test_a_match_on_the_probe_is_what_numpy_and_scipy_find(
+    probes: Callable[[str], tuple[Adaptable, Batch]], probe_inputs: Any, similarity: Any
+) -> None:
+    model, batch = probes("vilt")
+    site = Probed("oxford", model, COLOURS, (), (), None, 0, given=batch)  # type: ignore[arg-type]
+    source, target = drawn(model, 1), drawn(model, 2)
+    method = replace(PIA, probe_inputs=probe_inputs, similarity=similarity, accept="always")
+    plans = method.permuting.by_activations(source, target, site)
+
+    def units(tensors: Tensors, read: Tensors) -> dict[str, Any]:
+        """(tokens, width) by place, before the non-linearity; of what comes in where `read` is the adapter."""
+        inputs = {place.name: h[mask] for place, h, mask in model.inputs(batch, ADAPTER, read)}
+        places = by_place(tensors)
+        return {name: (h @ places[name]["down"].T + places[name]["down_bias"]).numpy() for name, h in inputs.items()}
+
+    ours, theirs = units(target, target), units(source, source if probe_inputs == "own" else target)
+    for place, own in ours.items():
+        if similarity == "correlation":
+            cost = 1 - np.corrcoef(theirs[place].T, own.T)[:6, 6:]
+        else:
+            cost = cdist(theirs[place].clip(0).T, own.clip(0).T, "sqeuclidean")
+        rows, columns = linear_sum_assignment(cost)
+        assert plans[place][0].units()[columns].tolist() == rows.tolist()
+    assert any((plan.units() != torch.arange(6)).any() for plan, _ in plans.values())
+
+
+def test_the_halves_of_a_probe_are_of_whole_images() -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False], [True, True, True], [False, True, True]])
+    assert _first_half(mask).tolist() == [True] * 3 + [False] * 5
+    assert _first_half(mask[:3]).tolist() == [True] * 3 + [False] * 3  # two of three
+    assert _first_half(mask[2:3]).tolist() == [True, False, True]  # of one image, every other token
 
 
 @pytest.mark.parametrize("gamma", [0.0, 1.0])

@@ -6,13 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
 from fedloom import rotation
 from fedloom.adapters import LoRA
 from fedloom.places import Place
 from fedloom.rotation import Rotation
-from fedloom.tensors import generator
+from fedloom.tensors import Tensors, generator
 from fedloom.transport import carried
 
 PLACE = Place("0.block", "block", 20, 20, 1)
@@ -57,6 +58,21 @@ def test_one_update_in_two_bases_is_brought_together_by_rotation(seed: int) -> N
     for leaf in ("A", "B"):
         torch.testing.assert_close(back[leaf], even[leaf], rtol=1e-2, atol=2e-3)
     torch.testing.assert_close(product(back), product(leaves), rtol=1e-3, atol=1e-3)
+
+
+@given(seeds, st.integers(2, 6))
+@settings(max_examples=20, deadline=None)
+def test_a_rotation_is_what_scipy_finds_towards_the_target_as_it_is(seed: int, rank: int) -> None:
+    source, target = drawn(LORA, seed, 1), drawn(LoRA(rank, start="normal"), seed, 2)  # whose factors are not balanced
+
+    def stacked(leaves: Tensors) -> Tensor:
+        return torch.cat([leaves["A"].T, leaves["B"]]).double()
+
+    plans = rotation.turned({f"p/{k}": t for k, t in source.items()}, {f"p/{k}": t for k, t in target.items()})
+    own = rotation.balanced(source, rank)
+    expected, _ = orthogonal_procrustes(stacked(own).numpy(), stacked(target).numpy())
+    turned = plans["p"][0].moved(source, LORA.symmetry)
+    torch.testing.assert_close(stacked(turned), stacked(own) @ torch.from_numpy(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_an_update_of_zero_can_be_turned() -> None:
