@@ -129,10 +129,12 @@ def test_a_cell_that_crashes_is_tried_once_more_and_costs_the_others_nothing(
 def test_a_row_that_cannot_run_is_listed_with_the_reason(short: Path, groups: Path, tmp_path: Path) -> None:
     unlike = load(groups, {"compare.shared.method": {"name": "fedavg", "heads": "shared"}})
     ranking = load(short, {"task.kind": "ranking"})
+    nowhere = {"name": "fedavg", "adapter": {"kind": "lora", "targets": ["nothing"]}}
     for number, (recipe, row, reason) in enumerate(
         (
             (unlike, "shared", "a shared head needs one task at all sites"),
             (ranking, "linear-probe", "there is nothing to train"),
+            (load(short, {"compare.nowhere.method": nowhere}), "nowhere", "LoRA(rank=2"),
         )
     ):
         comparison = compare(recipe, [row], SEEDS, tmp_path / str(number), False, ignore)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedloom.errors import BackboneError, FedloomError, MethodError, RecipeError
+from fedloom.errors import AdapterError, BackboneError, FedloomError, MethodError, RecipeError
 from fedloom.events import Event, Note, Watch
 from fedloom.recipe import Recipe
 from fedloom.report.result import STATISTICS, held_out_means
@@ -94,7 +94,7 @@ def attempt(work: Work[Found], recipe: Recipe, folder: Path, watch: Watch) -> Fo
     for _ in range(TRIES):
         try:
             return work(recipe, folder, watch)
-        except (BackboneError, MethodError, RecipeError) as e:
+        except (AdapterError, BackboneError, MethodError, RecipeError) as e:
             return f"cannot run: {e}"
         except FedloomError as e:
             reason = f"failed: {e}"
