@@ -57,6 +57,7 @@ class Federation:
         return LocalEngine(
             method,
             {name: replace(p, store=Store(site_folder(folder, name), keep)) for name, p in self.participants.items()},
+            self.recipe.wire,
         )
 
 

@@ -4,8 +4,8 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass, field, replace
+from itertools import chain, zip_longest
 from typing import Protocol
 
 import torch
@@ -17,9 +17,12 @@ from fedloom.methods import Method
 from fedloom.places import Symmetry
 from fedloom.site import Answer, Reply, Site, Update
 from fedloom.store import Store
-from fedloom.tensors import Private, Shared, generator, without
+from fedloom.tensors import Private, Shared, Tensors, at, generator, under, without
+from fedloom.wire import Wire
 
 log = logging.getLogger(__name__)
+
+HEADER = 256  # bytes: what a frame says of a tensor, beside its name and its numbers
 
 
 class Engine(Protocol):
@@ -64,17 +67,35 @@ class Round:
     seconds: float
 
 
+@dataclass(frozen=True)
+class End:
+    """A site's end of the wire: what it packs by, and where it keeps its state."""
+
+    store: Store
+    wire: Wire = field(default_factory=Wire)
+
+
 def visible(shared: Shared) -> Shared:
     """What of `shared` a site gets to see: all but the server's own state."""
     return Shared(without("server", shared))
 
 
-def site_round(method: Method, site: Site, store: Store, round: int, shared: Shared) -> Update:
-    """One site's part of a round, which every engine runs. Asking twice gives the same update."""
-    _, private = store.before(round)
-    update, private = method.local_round(round, site, shared, Private(private))
-    store.after(round, private)
-    return update
+def own_state(kept: Tensors) -> Private:
+    """What of the state that a site keeps is its method's: all but what the wire left out."""
+    return Private(without("wire", kept))
+
+
+def site_round(method: Method, site: Site, end: End, round: int, frame: bytes) -> tuple[Update, bytes]:
+    """One site's part of a round, which every engine runs: the server's frame in; an update without its tensors and the
+    frame that holds them out. Asking twice gives the same update.
+
+    raises UpdateError: the server's frame cannot be read, or the site's has no room in the budget
+    """
+    shared, (_, kept) = end.wire.given(frame), end.store.before(round)
+    update, private = method.local_round(round, site, shared, own_state(kept))
+    packed, left = end.wire.send(site.name, update.tensors, shared, under("wire", kept))
+    end.store.after(round, {**private, **at("wire", left)})
+    return replace(update, tensors=Shared({})), packed
 
 
 def site_evaluate(method: Method, site: Site, private: Private, shared: Shared, dataset: Dataset) -> dict[str, float]:
@@ -163,6 +184,27 @@ def admit(answer: Answer, shared: Shared, method: Method) -> None:
             raise UpdateError(f"site '{answer.site}' sent '{name}' with values that are not finite.")
     if not (math.isfinite(answer.update.weight) and answer.update.weight >= 0):
         raise UpdateError(f"site '{answer.site}' sent the weight {answer.update.weight}, expected a finite one >= 0.")
+
+
+def longest(shared: Shared, method: Method) -> int:
+    """Bytes to which the frame of an update that may be admitted can unpack."""
+    expected = without("given", visible(shared))
+    symmetry = getattr(method.adapter, "symmetry", {}) if getattr(method, "any_width", False) else {}
+    widest: dict[str, int] = {}  # by place
+    for name, tensor in expected.items():
+        place, _, leaf = name.rpartition("/")
+        if "hidden" in (axes := symmetry.get(leaf, ())) and len(axes) > 1:
+            width = max(size for axis, size in zip(axes, tensor.shape, strict=True) if axis != "hidden")
+            widest[place] = min(width, widest.get(place, width))
+    total = HEADER
+    for name, tensor in expected.items():
+        place, _, leaf = name.rpartition("/")
+        sizes = [
+            widest.get(place, size) if axis == "hidden" else size
+            for axis, size in zip_longest(symmetry.get(leaf, ()), tensor.shape)
+        ]
+        total += HEADER + len(name) + math.prod(sizes) * tensor.itemsize
+    return total
 
 
 def expected_shape(

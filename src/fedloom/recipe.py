@@ -25,6 +25,7 @@ from fedloom.sections import SECTIONS, Backbone, Data, Federation, Group, Refere
 from fedloom.tables import NONE, Table, Where, build, convert, guess, plain
 from fedloom.tasks import Task
 from fedloom.training import Training
+from fedloom.wire import Wire
 
 if TYPE_CHECKING:
     from fedloom.methods import Method
@@ -96,6 +97,7 @@ class Recipe:
     groups: Mapping[str, Group]
     training: Training
     federation: Federation
+    wire: Wire
     reference: Reference
     sites: Mapping[str, SiteOptions]
     compare: Mapping[str, Table]
@@ -152,8 +154,10 @@ class Recipe:
         return _recipe({**table, "compare": {}}, f"{self.file} (row '{name}')")
 
     def _counted(self) -> dict[str, str]:
+        # A wire that does nothing is not counted, so that what was run before there were wires keeps its id.
+        uncounted = UNCOUNTED if self.wire != Wire() else UNCOUNTED | {("wire",)}
         counted = {
-            dotted(names): leaf for names, leaf in leaves(self.table()) if not UNCOUNTED & {names[:1], names[:2]}
+            dotted(names): leaf for names, leaf in leaves(self.table()) if not uncounted & {names[:1], names[:2]}
         }
         return {key: json.dumps(leaf, ensure_ascii=False, default=str) for key, leaf in counted.items()}
 

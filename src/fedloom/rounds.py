@@ -11,7 +11,7 @@ from fedloom.assembly import Federation
 from fedloom.engines.local import LocalEngine
 from fedloom.errors import RunError
 from fedloom.events import Began, Ended, Note, Replied, Watch
-from fedloom.federation import Engine, Round, federate, visible
+from fedloom.federation import Engine, Round, federate, own_state, visible
 from fedloom.methods import Method, Pooled
 from fedloom.site import Answer, Reply
 from fedloom.store import Store, write
@@ -71,7 +71,7 @@ def _resumed(checkpoints: Store, engine: LocalEngine, lines: Sequence[Mapping[st
 def _personalised(method: Method, engine: LocalEngine, shared: Shared, federation: Federation) -> dict[str, Private]:
     privates = {}
     for name, own in engine.participants.items():
-        private = Private(own.store.before(federation.schedule.rounds)[1])
+        private = own_state(own.store.before(federation.schedule.rounds)[1])
         if epochs := federation.recipe.training.finetune:
             private = method.personalise(own.site, visible(shared), private, epochs)
             own.store.personalised(private)

@@ -21,7 +21,7 @@ from fedloom.data import Dataset, Pixels
 from fedloom.engines.local import Participant
 from fedloom.errors import RunError
 from fedloom.events import Note, Watch
-from fedloom.federation import predict
+from fedloom.federation import own_state, predict
 from fedloom.methods import METHODS, Local, Method, Pooled
 from fedloom.recipe import Recipe, load
 from fedloom.report import write_report
@@ -80,7 +80,7 @@ class Run:
         """What a site holds after the last round that ended; of a finished run, fine-tuned where the recipe says so."""
         store = Store(site_folder(self.folder, self._participant(site).site.name))
         personal = store.personal() if self.finished else None
-        return Private(store.before(self._last[0] + 1)[1] if personal is None else personal)
+        return own_state(store.before(self._last[0] + 1)[1] if personal is None else personal)
 
     @cached_property
     def _last(self) -> tuple[int, Shared]:

@@ -12,6 +12,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from fedloom.data import Columns
 from fedloom.tasks import Task
 from fedloom.training import Count, Positive, Training
+from fedloom.wire import Wire
 
 Part: TypeAlias = Annotated[float, Ge(0), Lt(1)] | Positive  # a fraction, or a number of examples
 
@@ -142,6 +143,7 @@ SECTIONS: Mapping[str, Any] = {
     "groups": Mapping[str, Group],  # instead of [data] and [task], where sites' tasks differ
     "training": Training,
     "federation": Federation,
+    "wire": Wire,
     "reference": Reference,
     "sites": Mapping[str, SiteOptions],
     "compare": Mapping[str, Mapping[str, Any]],  # [compare.ROW]: what a row of a comparison changes

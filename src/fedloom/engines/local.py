@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, replace
 
 from fedloom.data import Dataset
 from fedloom.errors import FedloomError
-from fedloom.federation import site_evaluate, site_round, visible
+from fedloom.federation import End, longest, own_state, site_evaluate, site_round, visible
 from fedloom.methods import Method
 from fedloom.site import Answer, Reply, Silence, Site, Update
 from fedloom.store import Store
-from fedloom.tensors import Private, Shared, from_bytes, to_bytes
+from fedloom.tensors import Shared
+from fedloom.wire import Wire
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,20 @@ class LocalEngine:
 
     method: Method
     participants: Mapping[str, Participant]
+    wire: Wire = field(default_factory=Wire)
 
     def round(self, round: int, shared: Shared, sites: Sequence[str]) -> Iterator[Reply]:
-        down = to_bytes(visible(shared))
+        given, most = visible(shared), longest(shared, self.method)
+        down = self.wire.give(given)
         for name in sites:
             began = time.perf_counter()
             own = self.participants[name]
             try:
-                update = site_round(self.method, own.site, own.store, round, Shared(from_bytes(down)))
+                update, up = site_round(self.method, own.site, End(own.store, self.wire), round, down)
+                sent = replace(update, tensors=self.wire.receive(name, up, given, most))
             except FedloomError as e:
                 yield Silence(name, str(e))
                 continue
-            up = to_bytes(update.tensors)
-            sent = replace(update, tensors=Shared(from_bytes(up)))
             yield Answer(name, sent, len(up), len(down), time.perf_counter() - began)
 
     def evaluate(self, round: int, shared: Shared, split: str, sites: Sequence[str]) -> Iterator[Reply]:
@@ -59,6 +61,6 @@ class LocalEngine:
             if not len(dataset):
                 yield Silence(name, f"it has no {split} examples")
                 continue
-            private = Private(own.store.before(round + 1)[1])
+            private = own_state(own.store.before(round + 1)[1])
             metrics = site_evaluate(self.method, own.site, private, shared, dataset)
             yield Answer(name, Update(Shared({}), 0.0, len(dataset), metrics))
