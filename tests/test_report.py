@@ -64,6 +64,7 @@ def summary_of(
         "left_out": {"newcomer": "every site took part."},
         "bytes_up": 2241360,
         "bytes_down": 1000,
+        "bytes_site": 1250000,
         "seconds": 130.4,
         "roster": roster,
         **changes,

@@ -11,8 +11,9 @@ from fedloom.assembly import Federation, assemble, planned
 from fedloom.engines.local import Participant
 from fedloom.federation import site_evaluate, visible
 from fedloom.recipe import Recipe
+from fedloom.report.figures import on_the_wire
 from fedloom.site import Update
-from fedloom.tensors import Private, Shared, to_bytes, under, without
+from fedloom.tensors import Private, Shared, at, to_bytes, under, without
 
 STEPS = 3  # that are timed
 
@@ -31,6 +32,7 @@ class Estimate:
     disk: int  # bytes of checkpoints and private states
     bytes_up: int  # that sites send in all
     bytes_down: int
+    bytes_site: int  # that a site moves in a round, both ways
     notes: tuple[str, ...]
 
     def lines(self) -> list[str]:
@@ -44,6 +46,7 @@ class Estimate:
             f"step      {self.flops / 1e9:,.3g} GFLOP",
             f"time      {self.seconds / 60:.1f} minutes",
             *(f"{name:<10}{size / 1e6:,.1f} MB" for name, size in mega.items()),
+            f"wire      {on_the_wire(self.bytes_site)}",
             *(f"note      {note}" for note in self.notes),
         ]
 
@@ -68,8 +71,10 @@ def estimate(recipe: Recipe) -> Estimate:
     looks = (
         trainings * (held_out * (schedule.rounds // every if every else 0)) + (1 + len(recipe.reference.rows)) * tested
     )
-    up, down = len(to_bytes(update.tensors)), len(to_bytes(visible(shared)))
-    frame, kept = len(to_bytes(shared)), len(to_bytes(private))
+    given = recipe.wire.give(visible(shared))
+    sent, left = recipe.wire.send(own.site.name, update.tensors, recipe.wire.given(given), {})
+    up, down = len(sent), len(given)
+    frame, kept = len(to_bytes(shared)), len(to_bytes({**private, **at("wire", left)}))
     checkpoints = min(recipe.federation.keep, schedule.rounds)
     states = min(recipe.federation.keep + 1, schedule.rounds)  # that a site keeps
     adapter = federation.model.init(recipe.method.adapter, 0)
@@ -87,6 +92,7 @@ def estimate(recipe: Recipe) -> Estimate:
         disk=frame * checkpoints + kept_by_each * len(federation.participants),
         bytes_up=up * sum(answers),
         bytes_down=down * sum(answers),
+        bytes_site=up + down,
         notes=federation.skipped,
     )
 

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, zip_longest
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -187,22 +187,18 @@ def admit(answer: Answer, shared: Shared, method: Method) -> None:
 
 
 def longest(shared: Shared, method: Method) -> int:
-    """Bytes to which the frame of an update that may be admitted can unpack."""
+    """Bytes to which the frame of an update can unpack that may be admitted: hidden axes as wide as their layer."""
     expected = without("given", visible(shared))
     symmetry = getattr(method.adapter, "symmetry", {}) if getattr(method, "any_width", False) else {}
-    widest: dict[str, int] = {}  # by place
+    layer: dict[str, int] = {}  # by place, its longest axis
     for name, tensor in expected.items():
-        place, _, leaf = name.rpartition("/")
-        if "hidden" in (axes := symmetry.get(leaf, ())) and len(axes) > 1:
-            width = max(size for axis, size in zip(axes, tensor.shape, strict=True) if axis != "hidden")
-            widest[place] = min(width, widest.get(place, width))
+        place = name.rpartition("/")[0]
+        layer[place] = max((layer.get(place, 1), *tensor.shape))
     total = HEADER
     for name, tensor in expected.items():
         place, _, leaf = name.rpartition("/")
-        sizes = [
-            widest.get(place, size) if axis == "hidden" else size
-            for axis, size in zip_longest(symmetry.get(leaf, ()), tensor.shape)
-        ]
+        axes = dict(enumerate(symmetry.get(leaf, ())))
+        sizes = [layer[place] if axes.get(i) == "hidden" else size for i, size in enumerate(tensor.shape)]
         total += HEADER + len(name) + math.prod(sizes) * tensor.itemsize
     return total
 

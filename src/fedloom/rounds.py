@@ -132,11 +132,16 @@ def _finite(value: float | None) -> float | None:
 
 
 def totals(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Bytes and seconds of all rounds, and who answered in each."""
+    """Bytes and seconds of all rounds, and who answered in each.
+
+    bytes_site: what the site that moved most moved in a round, both ways, the mean over rounds: a round waits for it
+    """
     rows = [row for line in lines for row in line["sites"].values()]
+    moved = [[row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in line["sites"].values()] for line in lines]
     return {
         "bytes_up": sum(row.get("bytes_up", 0) for row in rows),
         "bytes_down": sum(row.get("bytes_down", 0) for row in rows),
+        "bytes_site": sum(max(own, default=0) for own in moved) / max(1, len(moved)),
         "seconds": sum(line["seconds"] for line in lines),
         "roster": [
             {

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from itertools import groupby
 
+RATES = (10, 100)  # Mbit/s: of a line that a site may have
 COUNTED = frozenset({"examples"})  # numbers of things
 UNBOUNDED = frozenset({"loss"})  # every other metric of a task is a fraction
 
@@ -36,6 +37,12 @@ def size(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
         n /= 1000
     return f"{n:.1f} TB"
+
+
+def on_the_wire(n: float) -> str:
+    """How long n bytes take on slow and on fast lines: 1250000 is "1 s a round at 10 Mbit/s, 0.1 s at 100"."""
+    (slow, first), *others = ((rate, 8 * n / (1e6 * rate)) for rate in RATES)
+    return ", ".join([f"{_brief(first)} a round at {slow} Mbit/s", *(f"{_brief(s)} at {rate}" for rate, s in others)])
 
 
 def duration(seconds: float) -> str:
@@ -73,6 +80,10 @@ def rounds(numbers: Iterable[int]) -> str:
 def one_line(text: str) -> str:
     """A name or a reason that came from a site, without what could steer a terminal."""
     return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
+def _brief(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)
 
 
 def _tenths(fraction: float) -> float:

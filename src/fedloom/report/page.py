@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fedloom.report import charts, diagnostics, figures, result
-from fedloom.report.figures import counted, duration, listed, one_line, percent, size
+from fedloom.report.figures import counted, duration, listed, on_the_wire, one_line, percent, size
 from fedloom.report.result import NAMES, Row, Summary, at
 from fedloom.store import write
 
@@ -153,10 +153,13 @@ def _means(lines: Lines) -> dict[str, dict[int, float]]:
 
 def _sent(summary: Summary) -> dict[str, str]:
     answers = sum(len(line["answered"]) for line in summary.get("roster") or ())
-    return {
+    ways = {
         way: size(n := summary[f"bytes_{way}"]) + (f", {size(n / answers)} an answer" if answers else "")
         for way in ("up", "down")
     }
+    if "bytes_site" not in summary:
+        return ways
+    return ways | {"on the wire": f"{on_the_wire(summary['bytes_site'])}, for the site that moves most"}
 
 
 def _lineage(summary: Summary, table: Mapping[str, Any]) -> dict[str, str]:
@@ -166,6 +169,7 @@ def _lineage(summary: Summary, table: Mapping[str, Any]) -> dict[str, str]:
         "adapter": " ".join(_adapter(table)),
         "backbone": _last(at(table, "backbone", "name")),
         "precision": at(table, "backbone", "dtype"),
+        "wire": ", ".join(f"{way}: {' '.join(chain)}" for way in ("up", "down") if (chain := at(table, "wire", way))),
         "data": _last(at(table, "data", "source")),
         "sites": ", ".join([partition.pop("kind", ""), *(f"{key} {value}" for key, value in partition.items())]),
         "seed": str(summary["seed"]),

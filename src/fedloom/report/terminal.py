@@ -15,6 +15,7 @@ from fedloom.report.figures import (
     listed,
     loses,
     measured,
+    on_the_wire,
     one_line,
     percent,
     points,
@@ -212,6 +213,8 @@ def _below(summary: Summary, rows: Sequence[Row]) -> Iterable[str]:
         yield f"{len(silences)} sites were silent, see the report: {listed(often)}"
     spent = f"{counted(summary['rounds'], 'round')} in {duration(summary['seconds'])}"
     yield f"{spent}; {size(summary['bytes_up'])} up, {size(summary['bytes_down'])} down"
+    if "bytes_site" in summary:
+        yield f"on the wire {on_the_wire(summary['bytes_site'])}, for the site that moves most"
 
 
 def _grid(first: str, *heads: str) -> Table:
