@@ -157,7 +157,7 @@ def _sent(summary: Summary) -> dict[str, str]:
         way: size(n := summary[f"bytes_{way}"]) + (f", {size(n / answers)} an answer" if answers else "")
         for way in ("up", "down")
     }
-    if "bytes_site" not in summary:
+    if not summary.get("bytes_site"):
         return ways
     return ways | {"on the wire": f"{on_the_wire(summary['bytes_site'])}, for the site that moves most"}
 

@@ -213,7 +213,7 @@ def _below(summary: Summary, rows: Sequence[Row]) -> Iterable[str]:
         yield f"{len(silences)} sites were silent, see the report: {listed(often)}"
     spent = f"{counted(summary['rounds'], 'round')} in {duration(summary['seconds'])}"
     yield f"{spent}; {size(summary['bytes_up'])} up, {size(summary['bytes_down'])} down"
-    if "bytes_site" in summary:
+    if summary.get("bytes_site"):
         yield f"on the wire {on_the_wire(summary['bytes_site'])}, for the site that moves most"
 
 

@@ -24,6 +24,7 @@ from fedloom.studies import (
     sensitivity,
     sora_overfitting,
     widths,
+    wire,
 )
 from fedloom.studies.pages import page, picture
 from fedloom.studies.study import Options, Result, command
@@ -50,6 +51,7 @@ STUDIES: Mapping[str, Study] = {
     "sensitivity": Study(sensitivity.QUESTION, sensitivity.study, seeds=40),
     "nonmedical": Study(nonmedical.QUESTION, nonmedical.study),
     "sora-overfitting": Study(sora_overfitting.QUESTION, sora_overfitting.study),
+    "wire": Study(wire.QUESTION, wire.study),
 }
 
 
