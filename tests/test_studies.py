@@ -118,6 +118,8 @@ def made(recipe: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Result
         if name == "sora-overfitting":
             changes = [change for change in changes if "std" not in change]
             changes += ["method.adapter={kind='lora', last=2}", "backbone.towers=none"]
+        if name == "wire":
+            changes += ["federation.rounds=2"]
         return conduct(name, seeds=2, recipe=recipe, settings=changes)
 
     return make

@@ -2,7 +2,7 @@
 
 import contextlib
 import tracemalloc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,16 @@ from fedloom.adapters import Bottleneck, LoRA
 from fedloom.check import differing, federation, start
 from fedloom.check.watched import origins, watch
 from fedloom.engines.local import LocalEngine, Participant
-from fedloom.errors import RecipeError, UpdateError
+from fedloom.errors import RecipeError, RunError, UpdateError
+from fedloom.estimate import estimate
 from fedloom.federation import Round, Schedule, admit, federate, longest, own_state, visible
 from fedloom.methods import METHODS, FedAvg, FedPIA, Method
+from fedloom.recipe import load
+from fedloom.report.figures import on_the_wire
+from fedloom.runs import run
 from fedloom.site import Answer, Silence, Site, Update
 from fedloom.store import Store
-from fedloom.tensors import Private, Shared, Tensors, at, from_bytes, generator, to_bytes, under, without
+from fedloom.tensors import Private, Shared, Tensors, at, from_bytes, generator, part, to_bytes, under, without
 from fedloom.wire import Stage, Wire
 
 LOSSLESS: tuple[Stage, ...] = ("shuffle", "zstd")
@@ -33,6 +37,7 @@ BF16 = Wire(up=("delta", "bf16", "shuffle", "zstd"))
 BOTH = Wire(up=("delta", "int8", "zstd"), down=("bf16", "shuffle", "zstd"))
 WIRES = [Wire(), Wire(LOSSLESS, LOSSLESS), INT8, BF16, BOTH, Wire(up=("delta", "bf16")), Wire(up=("delta", *LOSSLESS))]
 ROOM = 1 << 20
+NAMES = [name for name in METHODS if name != "pooled"]  # it has no rounds
 SMALL: Mapping[str, Mapping[str, Any]] = {"fedpia": {"probe": 1}}  # its 16 images are more than these sites have
 
 
@@ -295,12 +300,12 @@ def engine(method: Method, sites: Sequence[Site], folder: Path, wire: Wire) -> L
     return LocalEngine(method, own, wire)
 
 
-def rounds(run: LocalEngine, sites: Sequence[Site], first: int = 0, shared: Shared | None = None) -> list[Round]:
-    shared = start(run.method, sites) if shared is None else shared
-    return list(federate(run.method, run, shared, Schedule(tuple(site.name for site in sites), 2), first))
+def rounds(local: LocalEngine, sites: Sequence[Site], first: int = 0, shared: Shared | None = None) -> list[Round]:
+    shared = start(local.method, sites) if shared is None else shared
+    return list(federate(local.method, local, shared, Schedule(tuple(site.name for site in sites), 2), first))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_method_runs_over_every_wire(name: str, sites: tuple[Site, ...], tmp_path: Path) -> None:
     """Everybody answers; what rounds nothing changes no bit, what rounds moves little; killed and gone on, the bits are
     the same."""
@@ -326,7 +331,7 @@ def test_every_method_runs_over_every_wire(name: str, sites: tuple[Site, ...], t
             assert wire.feeds_back or not under("wire", kept)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_nothing_private_crosses_that_the_method_does_not_send(name: str, sites: tuple[Site, ...]) -> None:
     """Of private state the wire sends its own feedback alone, and keeps for it what was meant to be sent alone."""
     method: Method = METHODS[name](**SMALL.get(name, {}))
@@ -343,20 +348,82 @@ def test_nothing_private_crosses_that_the_method_does_not_send(name: str, sites:
 
 
 def test_a_site_that_has_no_room_is_silent_and_loses_nothing(sites: tuple[Site, ...], tmp_path: Path) -> None:
-    run = engine(FedAvg(), sites, tmp_path, replace(INT8, budget=100))
-    reply = next(run.round(0, start(FedAvg(), sites), [sites[0].name]))
+    local = engine(FedAvg(), sites, tmp_path, replace(INT8, budget=100))
+    reply = next(local.round(0, start(FedAvg(), sites), [sites[0].name]))
     assert isinstance(reply, Silence)
     assert "has to send" in reply.reason
-    assert run.participants[sites[0].name].store.before(9) == (-1, {})
+    assert local.participants[sites[0].name].store.before(9) == (-1, {})
 
 
 def test_bytes_are_those_of_the_frames(sites: tuple[Site, ...], tmp_path: Path) -> None:
     shared = start(FedAvg(), sites)
-    run = engine(FedAvg(), sites, tmp_path, BOTH)
-    (reply,) = run.round(0, shared, [sites[0].name])
+    (reply,) = engine(FedAvg(), sites, tmp_path, BOTH).round(0, shared, [sites[0].name])
     assert isinstance(reply, Answer)
     assert reply.bytes_down == len(BOTH.give(shared))
     update, _ = FedAvg().local_round(0, sites[0], BOTH.given(BOTH.give(shared)), Private({}))
     frame, _ = BOTH.send("any", update.tensors, BOTH.given(BOTH.give(shared)), {})
     assert reply.bytes_up == len(frame)
     assert from_bytes(coding.decompressed(frame, ROOM)).keys() == coding.int8(update.tensors).keys()
+
+
+# A run
+
+SAID = {"wire.up": ["delta", "int8", "zstd"], "wire.down": ["bf16", "shuffle", "zstd"]}
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_bits(recipe: Path, tmp_path: Path) -> None:
+    straight = run(load(recipe, SAID), tmp_path / "straight")
+    run(load(recipe, {**SAID, "federation.rounds": 1}), tmp_path / "stopped")
+    stopped = run(load(recipe, SAID), tmp_path / "stopped", resume=True)
+    for folder in ("server", "sites/oslo", "sites/rome", "sites/kyiv"):
+        one, other = (Store(ended.folder / folder).before(9) for ended in (straight, stopped))
+        assert one[0] == other[0] == 1
+        assert differing(one[1], other[1]) is None
+        assert folder == "server" or under("wire", one[1])
+    assert not part("wire", stopped.private("oslo"))
+    for key in ("bytes_up", "bytes_down", "bytes_site", "views"):
+        assert straight.summary[key] == stopped.summary[key]
+    with pytest.raises(RunError, match=r"wire\.up, wire\.down changed"):
+        run(load(recipe, {**SAID, "wire.up": ["delta"], "wire.down": []}), tmp_path / "stopped", resume=True)
+
+
+def test_a_run_tells_what_crossed(recipe: Path, tmp_path: Path) -> None:
+    plain = run(load(recipe), tmp_path / "plain")
+    packed = run(load(recipe, {**SAID, "wire.budget": "5 kB"}), tmp_path / "packed")
+    assert packed.summary["bytes_up"] < 0.4 * plain.summary["bytes_up"]
+    assert packed.summary["bytes_down"] < 0.6 * plain.summary["bytes_down"]
+    lines = packed.rounds
+    assert all(row["bytes_up"] <= 5000 for line in lines for row in line["sites"].values())
+    most = [max(row["bytes_up"] + row["bytes_down"] for row in line["sites"].values()) for line in lines]
+    assert packed.summary["bytes_site"] == sum(most) / len(most)
+    told = (packed.folder / "report.html").read_text()
+    assert on_the_wire(packed.summary["bytes_site"]) in told
+    assert "up: delta int8 zstd, down: bf16 shuffle zstd" in told
+    expected = estimate(load(recipe, {**SAID, "wire.budget": "5 kB"}))
+    assert expected.bytes_up == pytest.approx(packed.summary["bytes_up"], rel=0.1)
+    assert expected.bytes_down == pytest.approx(packed.summary["bytes_down"], rel=0.25)
+    assert any(line.startswith("wire ") for line in expected.lines())
+
+
+@pytest.mark.parametrize(
+    ("n", "said"),
+    [(1.25e6, "1 s a round at 10 Mbit/s, 0.1 s at 100"), (1e8, "1 min 20 s a round at 10 Mbit/s, 8 s at 100")],
+)
+def test_time_on_the_wire(n: float, said: str) -> None:
+    assert on_the_wire(n) == said
+
+
+def test_a_chain_of_no_sense_is_one_sentence(fedloom: Callable[..., tuple[int, str, str]], recipe: Path) -> None:
+    code, out, err = fedloom("run", recipe, "--set", "wire.budget=9", "--out", recipe.parent / "run")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"fedloom: [wire] of {recipe}: a budget is kept by leaving out differences, which zstd packs to nothing: "
+        "up = [] needs 'delta' and 'zstd'.\n"
+    )
+
+
+def test_a_recipe_of_before_there_were_wires_keeps_its_id(recipe: Path) -> None:
+    plain = load(recipe)
+    assert plain.table()["wire"] == {"up": [], "down": [], "budget": "none"}
+    assert load(recipe, {"wire.up": []}).id == plain.id != load(recipe, {"wire.up": ["zstd"]}).id
+    assert load(recipe, {"wire.up": ["zstd"]}).difference(plain) == ["wire.up", "wire.down", "wire.budget"]

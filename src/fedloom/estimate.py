@@ -13,7 +13,7 @@ from fedloom.federation import site_evaluate, visible
 from fedloom.recipe import Recipe
 from fedloom.report.figures import on_the_wire
 from fedloom.site import Update
-from fedloom.tensors import Private, Shared, at, to_bytes, under, without
+from fedloom.tensors import Private, Shared, at, shapes, to_bytes, under, without
 
 STEPS = 3  # that are timed
 
@@ -71,9 +71,11 @@ def estimate(recipe: Recipe) -> Estimate:
     looks = (
         trainings * (held_out * (schedule.rounds // every if every else 0)) + (1 + len(recipe.reference.rows)) * tested
     )
-    given = recipe.wire.give(visible(shared))
-    sent, left = recipe.wire.send(own.site.name, update.tensors, recipe.wire.given(given), {})
-    up, down = len(sent), len(given)
+    given, wire = visible(shared), recipe.wire
+    sent, left = wire.send(own.site.name, update.tensors, wire.given(first := wire.give(given)), {})
+    # Fresh adapters are half zeros, which pack better than what comes down after the first round.
+    trained = {name: tensor for name, tensor in update.tensors.items() if shapes(given).get(name) == tensor.shape}
+    up, down = len(sent), len(wire.give({**given, **trained}))
     frame, kept = len(to_bytes(shared)), len(to_bytes({**private, **at("wire", left)}))
     checkpoints = min(recipe.federation.keep, schedule.rounds)
     states = min(recipe.federation.keep + 1, schedule.rounds)  # that a site keeps
@@ -91,7 +93,7 @@ def estimate(recipe: Recipe) -> Estimate:
         memory=_peak(),
         disk=frame * checkpoints + kept_by_each * len(federation.participants),
         bytes_up=up * sum(answers),
-        bytes_down=down * sum(answers),
+        bytes_down=len(first) * answers[0] + down * sum(answers[1:]),
         bytes_site=up + down,
         notes=federation.skipped,
     )

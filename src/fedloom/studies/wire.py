@@ -2,8 +2,8 @@
 
 The same federation is run over each wire, from the same start on the same batches. Of what every site serves, the
 logits on its own test split are held against those of the run without a wire: ‖z - z₀‖ / ‖z₀‖ over all sites, after the
-first round and after the last. Between the two lie rounds of training, which take a difference in the last bits and make
-it larger: what rounding itself costs is the first figure, what a run ends with the last.
+first round and after the last. Between the two lie rounds of training, which make a difference in the last bits larger:
+what rounding itself costs is the first figure, what a run ends with the last.
 """
 
 import tempfile
