@@ -1,6 +1,7 @@
 """The wire: what crosses is what was meant, sooner or later; never more bytes than the budget; no frame is believed."""
 
 import contextlib
+import json
 import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -248,6 +249,28 @@ def test_a_bomb_of_a_site_is_refused_before_it_is_unpacked() -> None:
 def test_a_bomb_of_the_server_is_refused() -> None:
     with pytest.raises(UpdateError, match="the server sent a frame"):
         BOTH.given(coding.compressed(bytes(1 << 27)))
+
+
+@pytest.mark.parametrize(
+    "sent", [{"a/x": torch.tensor(torch.nan)}, {"server/x": torch.ones(3)}, {"wire/x": torch.ones(3)}]
+)
+def test_a_server_that_sends_what_it_may_not_is_named(sent: Tensors) -> None:
+    with pytest.raises(UpdateError, match=f"the server sent '{min(sent)}'"):
+        Wire().given(to_bytes(sent))
+
+
+@pytest.mark.parametrize("kind", ["F4", "F8_E8M0", "F8_E5M2", "C64"])
+def test_numbers_of_a_kind_that_no_update_has_are_refused(kind: str) -> None:
+    header = json.dumps(
+        {"a/A": {"dtype": kind, "shape": [16], "data_offsets": [0, {"F4": 8, "C64": 128}.get(kind, 16)]}}
+    )
+    frame = len(header).to_bytes(8, "little") + header.encode() + bytes(json.loads(header)["a/A"]["data_offsets"][1])
+    with pytest.raises(UpdateError, match="site 'oslo'"):
+        admit(
+            Answer("oslo", Update(Wire().receive("oslo", frame, {}, ROOM), 1.0, 1)),
+            Shared({"a/A": torch.ones(16)}),
+            FedAvg(),
+        )
 
 
 def test_a_site_may_not_send_more_than_the_budget() -> None:

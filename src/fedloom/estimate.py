@@ -72,7 +72,8 @@ def estimate(recipe: Recipe) -> Estimate:
         trainings * (held_out * (schedule.rounds // every if every else 0)) + (1 + len(recipe.reference.rows)) * tested
     )
     given, wire = visible(shared), recipe.wire
-    sent, left = wire.send(own.site.name, update.tensors, wire.given(first := wire.give(given)), {})
+    first = wire.give(given)
+    sent, left = wire.send(own.site.name, update.tensors, wire.given(first), {})
     # Fresh adapters are half zeros, which pack better than what comes down after the first round.
     trained = {name: tensor for name, tensor in update.tensors.items() if shapes(given).get(name) == tensor.shape}
     up, down = len(sent), len(wire.give({**given, **trained}))

@@ -139,7 +139,7 @@ def from_bytes(frame: bytes) -> dict[str, Tensor]:
         # safetensors gives names in another order each time, and a sum over names has other last bits in each. Copies,
         # because a tensor that lies in the frame starts at any byte.
         return {name: tensor.clone() for name, tensor in sorted(load(frame).items())}
-    except SafetensorError as e:
+    except (SafetensorError, KeyError) as e:  # KeyError: a kind of number that torch does not have
         raise StoreError(f"a frame of {len(frame)} bytes is not safetensors: {e}.") from e
 
 

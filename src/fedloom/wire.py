@@ -48,6 +48,7 @@ from fedloom.training import Positive
 Stage: TypeAlias = Literal["delta", "bf16", "int8", "shuffle", "zstd"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 UNITS = {"bytes": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LEAST_ROOM, ROOM = 1 << 26, 256  # what a frame of the server may unpack to: 64 MiB, or so many times its own length
 
 
@@ -105,8 +106,18 @@ class Wire:
         return _packed(self.down, shared)
 
     def given(self, frame: bytes) -> Shared:
-        """What a site reads in the server's frame; raises UpdateError where it cannot be one."""
-        return Shared(_unpacked(self.down, frame, max(LEAST_ROOM, ROOM * len(frame)), "the server"))
+        """What a site reads in the server's frame; raises UpdateError where it cannot be one.
+
+        Its shapes are the method's affair: a site cannot know them beforehand.
+        """
+        shared = _unpacked(self.down, frame, max(LEAST_ROOM, ROOM * len(frame)), "the server")
+        for name, tensor in shared.items():
+            finite = tensor.dtype not in FLOATS or bool(torch.isfinite(tensor).all())
+            if not finite or name.partition("/")[0] in ("server", "wire"):
+                raise UpdateError(
+                    f"the server sent '{name}', which is its own or is not finite; take up an older round."
+                )
+        return Shared(shared)
 
     # Up
 
@@ -175,7 +186,8 @@ def _changes(name: str, tensors: Tensors, given: Tensors) -> bool:
     """Whether a tensor crosses as a change: of what was given, or because it is one."""
     if not large(tensors[name]):
         return False
-    return name.startswith("control/") or (name in given and given[name].shape == tensors[name].shape)
+    alike = name in given and large(given[name]) and given[name].shape == tensors[name].shape
+    return alike or name.startswith("control/")
 
 
 def _moved(tensors: Tensors, given: Tensors, sign: int) -> dict[str, Tensor]:
