@@ -5,7 +5,8 @@ r"""The wire between a method and an engine: what crosses, and as how many bytes
     down = ["bf16", "shuffle", "zstd"]   # from the server to a site
     budget = "200 kB"                    # of what a site sends in a round
 
-A chain is of these stages, always in this order; an empty one is safetensors as it is.
+A chain is of these stages, always in this order; an empty one is safetensors as it is. The server gives and receives, a
+site is given and sends (both in `federation.site_round`): an engine carries bytes.
 
     delta     up: the difference to what the site was given, and what the rounds before left out
     bf16      16 bits a number, or
