@@ -119,7 +119,7 @@ def made(recipe: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Result
             changes = [change for change in changes if "std" not in change]
             changes += ["method.adapter={kind='lora', last=2}", "backbone.towers=none"]
         if name == "wire":
-            changes += ["federation.rounds=2"]
+            changes += ["federation.rounds=2", "method.adapter.width=24"]  # for a budget, more numbers than names
         return conduct(name, seeds=2, recipe=recipe, settings=changes)
 
     return make
