@@ -184,11 +184,9 @@ class Wire:
 
 
 def _changes(name: str, tensors: Tensors, given: Tensors) -> bool:
-    """Whether a tensor crosses as a change: of what was given, or because it is one."""
-    if not large(tensors[name]):
-        return False
-    alike = name in given and large(given[name]) and given[name].shape == tensors[name].shape
-    return alike or name.startswith("control/")
+    """Whether a tensor crosses as a change: what was given is like it."""
+    alike = name in given and given[name].shape == tensors[name].shape
+    return alike and large(tensors[name]) and large(given[name])
 
 
 def _moved(tensors: Tensors, given: Tensors, sign: int) -> dict[str, Tensor]:
