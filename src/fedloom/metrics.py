@@ -8,8 +8,12 @@ BINS = 15
 
 def answered(logits: Tensor, scores: Tensor) -> dict[str, float]:
     """Accuracy, the mean score of the answer chosen; and unseen, the share of examples with no score at all."""
-    chosen = scores.gather(1, logits.argmax(1, keepdim=True))
-    return {"accuracy": float(chosen.double().mean()), "unseen": float((scores.sum(1) == 0).double().mean())}
+    return {"accuracy": float(chosen(logits, scores).mean()), "unseen": float((scores.sum(1) == 0).double().mean())}
+
+
+def chosen(logits: Tensor, scores: Tensor) -> Tensor:
+    """(n): the score of the answer chosen, of scores (n, answers)."""
+    return scores.gather(1, logits.argmax(1, keepdim=True)).squeeze(1).double()
 
 
 def multi_label(probabilities: Tensor, targets: Tensor) -> dict[str, float]:
@@ -44,6 +48,28 @@ def one_sided(targets: Tensor) -> Tensor:
     return ~positive.any(0) | positive.all(0)
 
 
+def by_label(probabilities: Tensor, targets: Tensor) -> list[dict[str, float]]:
+    """Of each label, as `multi_label` takes them: `positives`, how many examples have it, and what is defined of
+
+    sensitivity: of the examples that have the label, the share in which it was found (probability above one half);
+    specificity: of those that have it not, the share in which it was not found;
+    auroc, auprc: the areas under the receiver operating characteristic and, step by step, under precision over recall.
+    """
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    found = []
+    for p, there in zip(probabilities.double().T.numpy(), targets.bool().T.numpy(), strict=True):
+        own = {"positives": float(there.sum())}
+        if there.any():
+            own["sensitivity"] = float((p[there] > 0.5).mean())
+        if not there.all():
+            own["specificity"] = float((p[~there] <= 0.5).mean())
+        if there.any() and not there.all():
+            own |= {"auroc": float(roc_auc_score(there, p)), "auprc": float(average_precision_score(there, p))}
+        found.append(own)
+    return found
+
+
 def calibration_error(probabilities: Tensor, targets: Tensor) -> float:
     r"""Expected calibration error (Naeini et al., 2015) of single probabilities, over all pairs of example and label.
 
@@ -52,7 +78,12 @@ def calibration_error(probabilities: Tensor, targets: Tensor) -> float:
     b: 15 bins of equal width over [0, 1], by the probability that the label is there; mean probability against the
     share of pairs in which it is. (The error of a multi-class model bins the largest probability instead.)
     """
+    bins = reliability(probabilities, targets)
+    return float((bins[:, 1] - bins[:, 2]).abs().sum() / bins[:, 0].sum())
+
+
+def reliability(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """(15, 3): of each bin of `calibration_error` how many probabilities, their sum, and the sum of their targets."""
     p, y = probabilities.double().flatten(), targets.double().flatten()
     bins = (p * BINS).long().clamp(max=BINS - 1)
-    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, p - y)
-    return float(gaps.abs().sum() / len(p))
+    return torch.zeros(BINS, 3, dtype=torch.float64).index_add_(0, bins, torch.stack([torch.ones_like(p), p, y], 1))

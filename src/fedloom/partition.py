@@ -44,7 +44,7 @@ def units(examples: Sequence[Example]) -> list[Unit]:
     labels = Counter(chain.from_iterable(_labels(example) for example in examples))
     members: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
-        members[_unit(example)].append(example)
+        members[unit_of(example)].append(example)
 
     def rarest(rows: Iterable[Example]) -> str:
         return min(chain.from_iterable(map(_labels, rows)), key=lambda label: (labels[label], label), default="")
@@ -52,7 +52,8 @@ def units(examples: Sequence[Example]) -> list[Unit]:
     return [Unit(name, rarest(rows), tuple(sorted(rows, key=repr))) for name, rows in sorted(members.items())]
 
 
-def _unit(example: Example) -> str:
+def unit_of(example: Example) -> str:
+    """The name of the unit that an example belongs to."""
     return example.group or example.image or example.text or ""
 
 
@@ -69,7 +70,7 @@ def natural(examples: Sequence[Example], merge_below: int = 0) -> Sites:
     sites: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
         if example.site is None:
-            raise DataError(f"'{_unit(example)}' names no site: name the site column, or choose a seeded partition")
+            raise DataError(f"'{unit_of(example)}' names no site: name the site column, or choose a seeded partition")
         sites[example.site].append(example)
     merged: dict[str, list[Unit]] = defaultdict(list)
     for site, rows in sites.items():

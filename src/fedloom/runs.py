@@ -8,7 +8,7 @@ A run that was stopped goes on with `resume`, and ends with the same bits as one
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,13 +22,15 @@ from fedloom.engines.local import Participant
 from fedloom.errors import RunError
 from fedloom.events import Note, Watch
 from fedloom.federation import own_state, predict
+from fedloom.lineage import lineage
 from fedloom.methods import METHODS, Local, Method, Pooled
 from fedloom.recipe import Recipe, load
 from fedloom.report import write_report
 from fedloom.rounds import lines_of, totals, train
 from fedloom.store import Store, holds_anything, write
 from fedloom.tensors import Private, Shared
-from fedloom.views import left_out, views
+from fedloom.tested import Answered
+from fedloom.views import left_out, own_tests, views
 
 WRITTEN = "# As run by fedloom"  # how the recipe of a run begins, and no other
 MAY_CHANGE = frozenset({"federation.rounds"})  # on resume, upwards
@@ -153,15 +155,18 @@ def run(recipe: Recipe | str | Path, out: str | Path, resume: bool = False, watc
     for reason in federation.skipped:
         watch(Note(reason))
     shared, privates = train(recipe.method_name, recipe.method, federation, folder, watch)
+    answered = own_tests(federation, recipe.method, shared, privates)
     summary = {
         "fedloom": __version__,
         "recipe": recipe.id,
         "method": recipe.method_name,
         "seed": recipe.federation.seed,
         "rounds": recipe.federation.rounds,
-        "views": views(federation, recipe.method, shared, privates),
-        "references": dict(_references(federation, folder, watch)),
+        "views": views(federation, recipe.method, shared, privates, answered),
+        "references": dict(_references(federation, folder, watch, answered)),
         "left_out": left_out(federation),
+        "details": {name: said.details() for name, said in answered.items()},
+        "lineage": lineage(federation),
         "skipped_images": len(federation.skipped),
         **totals(lines_of(folder)),
     }
@@ -193,8 +198,10 @@ def _checked(folder: Path, recipe: Recipe, resume: bool) -> Path:
     return folder
 
 
-def _references(federation: Federation, folder: Path, watch: Watch) -> Iterator[tuple[str, Any]]:
-    """What the method is compared with.
+def _references(
+    federation: Federation, folder: Path, watch: Watch, answered: Mapping[str, Answered]
+) -> Iterator[tuple[str, Any]]:
+    """What the method is compared with, and the interval of each site's `gain` over it.
 
     majority: the most frequent training answer of each site, always
     frozen:   the backbone as it came, with a head fitted to it where the task has one
@@ -212,4 +219,8 @@ def _references(federation: Federation, folder: Path, watch: Watch) -> Iterator[
             method = METHODS[name]()
             shared, sites = Shared({}), federation.participants.items()
             privates = {site: method.personalise(own.site, shared, Private({}), 1) for site, own in sites}
-        yield name, views(federation, method, shared, privates)
+        beside = own_tests(federation, method, shared, privates)
+        found = views(federation, method, shared, privates, beside)
+        for site, row in ((found["personal"] or {}).get("sites") or {}).items():
+            row["gain"] = answered[site].gain(beside[site])
+        yield name, found

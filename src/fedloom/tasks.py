@@ -17,7 +17,7 @@ from fedloom.backbones.adaptable import Features
 from fedloom.errors import DataError
 from fedloom.heads import apply_linear, apply_mlp, linear, mlp
 from fedloom.labels import Label, several, soft_cross_entropy, soft_scores
-from fedloom.metrics import answered, multi_label, one_sided
+from fedloom.metrics import answered, chosen, multi_label, one_sided
 from fedloom.sources import suggestion
 from fedloom.tensors import Tensors
 
@@ -58,6 +58,13 @@ class Task(Protocol):
 
     def metrics(self, logits: Tensor, targets: Tensor) -> Mapping[str, float]:
         """`metric` first; fractions between 0 and 1. One that these targets leave undefined is not there."""
+
+    def parts(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """(n, 2): what each example adds to the numerator and to the denominator of `metric`."""
+
+    def judged(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(m) and (m): probabilities that were given, and how far they came true, 0 to 1: of the label chosen, or of
+        every label where each is judged by itself."""
 
     def undefined(self, targets: Tensor) -> tuple[str, ...]:
         """The labels that no class-wise metric speaks of on these targets, to be named beside it."""
@@ -118,6 +125,12 @@ class Classification:
         right = (logits.argmax(-1) == targets).double().mean()
         return {"accuracy": float(right)} | _finite(self.loss(logits, targets))
 
+    def parts(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return _of_one((logits.argmax(-1) == targets).double())
+
+    def judged(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scores(logits).amax(-1), (logits.argmax(-1) == targets).double()
+
     def undefined(self, targets: Tensor) -> tuple[str, ...]:
         return ()
 
@@ -175,6 +188,12 @@ class VQA:
     def metrics(self, logits: Tensor, targets: Tensor) -> Mapping[str, float]:
         return answered(logits, targets) | _finite(self.loss(logits, targets))
 
+    def parts(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return _of_one(chosen(logits, targets))
+
+    def judged(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scores(logits).amax(-1), chosen(logits, targets)
+
     def undefined(self, targets: Tensor) -> tuple[str, ...]:
         return ()
 
@@ -220,6 +239,12 @@ class Ranking:
 
     def metrics(self, logits: Tensor, targets: Tensor) -> Mapping[str, float]:
         return answered(logits, targets) | _finite(self.loss(logits, targets))
+
+    def parts(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return _of_one(chosen(logits, targets))
+
+    def judged(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scores(logits).amax(-1), chosen(logits, targets)
 
     def undefined(self, targets: Tensor) -> tuple[str, ...]:
         return ()
@@ -276,6 +301,13 @@ class Detection:
     def metrics(self, logits: Tensor, targets: Tensor) -> Mapping[str, float]:
         return multi_label(logits.sigmoid(), targets) | _finite(self.loss(logits, targets))
 
+    def parts(self, logits: Tensor, targets: Tensor) -> Tensor:
+        found, there = logits.sigmoid() > 0.5, targets.bool()
+        return torch.stack([2 * (found & there).sum(1), found.sum(1) + there.sum(1)], 1).double()
+
+    def judged(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return logits.sigmoid().flatten(), targets.double().flatten()
+
     def undefined(self, targets: Tensor) -> tuple[str, ...]:
         return tuple(label for label, silent in zip(self.labels, one_sided(targets).tolist(), strict=True) if silent)
 
@@ -283,6 +315,10 @@ class Detection:
 def _check(labels: Sequence[str], what: str) -> None:
     if twice := [label for label, count in Counter(labels).items() if count > 1]:
         raise DataError(f"the task needs each {what} once; twice: {twice}.")
+
+
+def _of_one(scores: Tensor) -> Tensor:
+    return torch.stack([scores, torch.ones_like(scores)], 1)
 
 
 def _finite(loss: Tensor) -> dict[str, float]:

@@ -19,19 +19,34 @@ from fedloom.labels import widen
 from fedloom.methods import Method
 from fedloom.tasks import Task
 from fedloom.tensors import Private, Shared, padded
+from fedloom.tested import Answered, targets_of, tested
 
 NEWCOMER_EPOCHS = 1
 Privates = Mapping[str, Private]
 View = dict[str, Any]
-Row = dict[str, float]
+Row = dict[str, Any]
+Answers = Mapping[str, Answered]
 
 
-def views(federation: Federation, method: Method, shared: Shared, privates: Privates) -> dict[str, View | None]:
-    """The three views of a method's result; None for one that is left out (see `left_out`)."""
+def own_tests(federation: Federation, method: Method, shared: Shared, privates: Privates) -> Answers:
+    """What each site serves on its own test split; without the sites that have none."""
+    every = {
+        name: tested(method, own, shared, privates[name], own.test) for name, own in federation.participants.items()
+    }
+    return {name: said for name, said in every.items() if said is not None}
+
+
+def views(
+    federation: Federation, method: Method, shared: Shared, privates: Privates, answered: Answers
+) -> dict[str, View | None]:
+    """The three views of a method's result; None for one that is left out (see `left_out`).
+
+    answered: what `own_tests` makes of the same
+    """
     tests = {group: pooled(federation, group) for group in federation.groups}
 
     def personal(name: str, own: Participant) -> Row:
-        return measured(method, own, shared, privates[name], own.test)
+        return answered[name].row() if name in answered else {}
 
     def everywhere(name: str, own: Participant) -> Row:
         return spread(method, own, shared, privates[name], tests[own.group], federation.groups[own.group])
@@ -54,11 +69,8 @@ def left_out(federation: Federation) -> dict[str, str]:
 
 def measured(method: Method, own: Participant, shared: Shared, private: Private, dataset: Dataset) -> Row:
     """The task's own metric on a site's data set; nothing where it is undefined, as it is without an example."""
-    if not len(dataset):
-        return {}
-    logits, targets = predict(method, own.site, private, shared, dataset), _targets(own.site.task, dataset)
-    value = own.site.task.metrics(logits, targets).get(own.site.task.metric)
-    return {} if value is None else {"value": value, "examples": len(dataset)}
+    said = tested(method, own, shared, private, dataset)
+    return {} if said is None else said.row()
 
 
 def spread(method: Method, own: Participant, shared: Shared, private: Private, pool: Dataset, union: Task) -> Row:
@@ -88,7 +100,7 @@ def balanced(task: Task, logits: Tensor, dataset: Dataset) -> float | None:
     Examples of several labels have no one to count by; theirs is the metric of all together. A label among whose
     examples the metric is undefined does not count; None where that leaves no label.
     """
-    targets = _targets(task, dataset)
+    targets = targets_of(task, dataset)
     rows: dict[object, list[int]] = {}
     for i, example in enumerate(dataset.examples):
         rows.setdefault(example.label if isinstance(example.label, str) else None, []).append(i)
@@ -129,10 +141,6 @@ def _view(sites: Mapping[str, Participant], measure: Callable[[str, Participant]
             rows[name] = {"metric": own.site.task.metric, **row}
             tasks.setdefault(own.kind, []).append(row)
     return {"sites": rows, "by_task": {task: summarised(values) for task, values in tasks.items()}} if rows else None
-
-
-def _targets(task: Task, dataset: Dataset) -> Tensor:
-    return task.targets([example.label for example in dataset.examples])
 
 
 def _labels(example: Example) -> tuple[str, ...]:
