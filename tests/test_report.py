@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedloom.report import diagnostics, metrics_table, page, picture, table, write_report
+from fedloom.report import diagnostics, metrics_table, page, picture, probabilities, table, write_report
 from fedloom.report.charts import bars, ticks
-from fedloom.report.figures import duration, percent, points, rounds, size
+from fedloom.report.figures import between, duration, percent, points, rounds, size
 from fedloom.report.result import Row, sites
 
 NAMES = ("lung, mediastinum, pleura", "<b>&", "site-03", "Zürich")
@@ -415,5 +415,62 @@ def test_figures() -> None:
         "1.0 MB",
         "3.2 TB",
     ]
+    assert [between((0.358, 0.604)), between((-0.038, 0.11), signed=True), between(None)] == ["36–60", "-4…+11", ""]
     assert [duration(s) for s in (0.4, 59.6, 130.4, 3661)] == ["0 s", "1 min 00 s", "2 min 10 s", "1 h 01 min"]
     assert [rounds(n) for n in ([0], [4, 3, 0, 5], [0, 2])] == ["round 1", "rounds 1 and 4-6", "rounds 1 and 3"]
+
+
+def sure(summary: dict[str, Any]) -> dict[str, Any]:
+    """The same summary with what the end of a run adds: intervals, calibration, lineage."""
+    summary = json.loads(json.dumps(summary))
+    for name, row in summary["views"]["personal"]["sites"].items():
+        row |= {"low": row["value"] - 0.1, "high": row["value"] + 0.2, "ece": 0.111}
+        for views in summary["references"].values():
+            views["personal"]["sites"][name] |= {"gain": {"low": -0.07, "high": 0.13}, "ece": 0.222}
+        summary.setdefault("details", {})[name] = {"reliability": [[30, 0.5, 0.4], [10, 0.9, 1.0]]}
+    summary["lineage"] = {"backbone": "ba" * 32, "data": "da" * 32, "plan": "float32", "versions": {"torch": "9.9"}}
+    return summary
+
+
+def test_every_figure_stands_with_its_interval_and_every_gain_with_its_own() -> None:
+    text = Parsed(page(sure(SUMMARY), LINES, LINES, RECIPE)).text
+    assert "42–72" in text  # of 52.0
+    assert text.count("−7…+13") == 2 * len(NAMES)
+    assert "95 % bootstrap interval" in text
+    assert "bootstrap" not in Parsed(page(SUMMARY, LINES, LINES, RECIPE)).text  # a run of an earlier version
+    assert page(sure(SUMMARY)).count('class="whisker"') == 3 * len(NAMES)
+
+
+def test_probabilities_are_pooled_over_sites_and_drawn_on_the_diagonal() -> None:
+    summary = sure(SUMMARY)
+    summary["details"]["site-03"]["reliability"] = [[10, 0.5, 0.0]]
+    (diagram,) = probabilities.diagrams(summary).values()
+    assert [(point.n, point.said) for point in diagram.points] == [(100, pytest.approx(0.5)), (30, pytest.approx(0.9))]
+    assert [point.true for point in diagram.points] == pytest.approx([0.36, 1.0])
+    assert diagram.points[0].radius > diagram.points[1].radius
+    ideal = [diagram.x.end - diagram.x(0.3), diagram.y(0.3) - diagram.y.end]
+    assert ideal[0] / (diagram.x.end - diagram.x.start) == pytest.approx(0.7)
+    assert ideal[1] / (diagram.y.start - diagram.y.end) == pytest.approx(0.7)
+    text = Parsed(page(summary)).text
+    assert text.count("11.1") == len(NAMES)
+    assert text.count("22.2") == 2 * len(NAMES)
+    assert "Reliability" not in page(SUMMARY)
+
+
+def test_labels_are_told_where_they_are_defined_and_named_where_not() -> None:
+    summary = sure(SUMMARY)
+    full = {"positives": 3.0, "sensitivity": 0.2, "specificity": 0.9, "auroc": 0.7, "auprc": 0.4}
+    summary["details"]["Zürich"]["labels"] = {"<b>flu": full, "cold": {"positives": 0.0, "specificity": 0.5}}
+    summary["details"]["<b>&"]["labels"] = {"<b>flu": {**full, "sensitivity": 0.4}, "cold": full}
+    assert probabilities.by_label(summary)["<b>flu"]["sensitivity"] == pytest.approx(0.3)
+    assert probabilities.by_label(summary)["cold"]["sites"] == 1
+    assert probabilities.by_site(summary)["Zürich"]["specificity"] == pytest.approx(0.7)
+    parsed = Parsed(page(summary))
+    assert "Zürich: never or always there, and in not all of its means: cold." in parsed.text
+    assert "<b>flu" in parsed.text
+    assert parsed.open == []
+
+
+def test_the_page_says_where_it_comes_from() -> None:
+    text = Parsed(page(sure(SUMMARY), LINES, LINES, RECIPE)).text
+    assert all(told in text for told in ("ba" * 32, "da" * 32, "7a805af1" * 8, "torch 9.9"))

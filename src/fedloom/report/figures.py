@@ -5,6 +5,7 @@ from itertools import groupby
 
 RATES = (10, 100)  # Mbit/s: of a line that a site may have
 COUNTED = frozenset({"examples"})  # numbers of things
+NAMES = {"auroc": "AUROC", "auprc": "AUPRC"}  # of metrics, where they are shown
 UNBOUNDED = frozenset({"loss"})  # every other metric of a task is a fraction
 
 
@@ -16,6 +17,14 @@ def percent(fraction: float | None) -> str:
 def points(difference: float | None) -> str:
     """A difference of two fractions: 0.012 is "+1.2"."""
     return "" if difference is None else f"{_tenths(difference):+.1f}"
+
+
+def between(interval: tuple[float, float] | None, signed: bool = False) -> str:
+    """An interval in whole percent, as fine as it can be meant: (0.358, 0.604) is "36–60"; signed, "+36…+60"."""
+    if interval is None:
+        return ""
+    low, high = (round(100 * x) for x in interval)
+    return f"{low:+d}…{high:+d}" if signed else f"{low:d}–{high:d}"
 
 
 def loses(difference: float | None) -> bool:

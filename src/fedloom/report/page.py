@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from fedloom.report import charts, diagnostics, figures, result
+from fedloom.report import charts, diagnostics, figures, probabilities, result
 from fedloom.report.figures import counted, duration, listed, on_the_wire, one_line, percent, size
 from fedloom.report.result import NAMES, Row, Summary, at
 from fedloom.store import write
@@ -68,6 +68,11 @@ def page(summary: Summary, lines: Lines = (), local: Lines = (), recipe: str = "
             rounds=rounds,
             maps=diagnostics.maps(lines),
             numbers=diagnostics.numbers(lines),
+            errors=_in_order(probabilities.errors(summary), rows),
+            diagrams=probabilities.diagrams(summary),
+            detected=_in_order(probabilities.by_site(summary), rows),
+            labels=probabilities.by_label(summary),
+            labelwise={name: figures.NAMES.get(name, name) for name in probabilities.LABELWISE},
             roster=result.roster(summary),
             silences=result.silences(summary),
             sent=_sent(summary),
@@ -173,8 +178,12 @@ def _lineage(summary: Summary, table: Mapping[str, Any]) -> dict[str, str]:
         "data": _last(at(table, "data", "source")),
         "sites": ", ".join([partition.pop("kind", ""), *(f"{key} {value}" for key, value in partition.items())]),
         "seed": str(summary["seed"]),
-        "recipe": str(summary["recipe"]),
+        "recipe hash": str(summary["recipe"]),
         "fedloom": str(summary["fedloom"]),
+        "backbone hash": str(at(summary, "lineage", "backbone") or ""),
+        "data hash": str(at(summary, "lineage", "data") or ""),
+        "plan": str(at(summary, "lineage", "plan") or ""),
+        "versions": ", ".join(f"{name} {own}" for name, own in (at(summary, "lineage", "versions") or {}).items()),
     }
     return {key: one_line(value) for key, value in known.items() if value}
 
@@ -187,6 +196,12 @@ def _adapter(table: Mapping[str, Any]) -> list[str]:
 
 def _worst_first(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.metric, row.value is None, row.value))
+
+
+def _in_order(found: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """What is known by site, in the order of the rows."""
+    ordered = dict.fromkeys([*(row.label for row in rows), *found])
+    return {name: found[name] for name in ordered if name in found}
 
 
 def _last(name: str | None) -> str:
@@ -213,6 +228,8 @@ def templates() -> Environment:
         percent=lambda x: "–" if x is None else percent(x).replace("-", "−"),
         points=lambda x: figures.points(x).replace("-", "−"),
         loses=figures.loses,
+        between=lambda interval: figures.between(interval).replace("-", "−"),
+        gained=lambda interval: figures.between(interval, signed=True).replace("-", "−"),
         listed=listed,
         rounds=lambda numbers: figures.rounds(numbers).replace("-", "–"),
         counted=counted,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedloom.report.figures import loses, one_line
@@ -16,6 +16,7 @@ STATISTICS = {
     "worst_fifth": "worst fifth",
 }
 Summary = Mapping[str, Any]
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Row:
     metric: str = ""
     examples: int | None = None
     worst: bool = False  # no other site of this metric has less
+    interval: Interval | None = None  # of the value, over the test examples
+    gains: Mapping[str, Interval | None] = field(default_factory=dict)  # of what it is better by than each reference
 
     def gain(self, reference: str) -> float | None:
         other = self.beside.get(reference)
@@ -40,7 +43,7 @@ class Row:
 
     @property
     def numbers(self) -> list[float]:
-        return [x for x in (self.value, *self.beside.values()) if x is not None]
+        return [x for x in (self.value, *self.beside.values(), *(self.interval or ())) if x is not None]
 
 
 def method(summary: Summary) -> str:
@@ -73,6 +76,8 @@ def sites(summary: Summary, view: str = "personal") -> list[Row]:
             },
             metric=one_line(str(row.get("metric"))),
             examples=row.get("examples"),
+            interval=_interval(row),
+            gains={reference: _interval(at(other, "sites", name, "gain")) for reference, other in others.items()},
         )
         for name, row in (own.get("sites") or {}).items()
     ]
@@ -156,7 +161,12 @@ def _with_worst(rows: Sequence[Row]) -> list[Row]:
         others = values.get(row.metric, [])
         return row.value is not None and row.value == min(others) < max(others)
 
-    return [Row(r.label, r.value, r.beside, r.metric, r.examples, worst(r)) for r in rows]
+    return [replace(row, worst=worst(row)) for row in rows]
+
+
+def _interval(table: Any) -> Interval | None:
+    low, high = _number(at(table, "low")), _number(at(table, "high"))
+    return None if low is None or high is None else (low, high)
 
 
 def _number(value: Any) -> float | None:
