@@ -85,18 +85,26 @@ def read(source: str, columns: Columns = STANDARD) -> Table:
     if published := layouts.rows(source):
         root, rows = published
         return Table(root, _examples(source, rows, replace(columns, group=columns.group or "group")))
+    root, rows = rows_of(source, columns.image)
+    return Table(root, _examples(source, rows, columns))
+
+
+def rows_of(source: str, image: str | None = STANDARD.image) -> tuple[Path, Rows]:
+    """The rows of a source that is no published layout, as it has them, and what its images are relative to.
+
+    image: the column of a Hugging Face dataset whose pictures are kept. Raises DataError as `read`.
+    """
     path = pack(source.removeprefix("pack:")) if source.startswith("pack:") else Path(source).expanduser()
     readers = {".jsonl": jsonl_rows, ".csv": csv_rows}
     manifest = next((path / name for name in ("manifest.jsonl", "manifest.csv") if (path / name).is_file()), path)
     if manifest.is_file() and manifest.suffix not in readers:
         raise DataError(f"{manifest} is no manifest: expected a .jsonl file, a .csv file or a folder")
     if manifest.is_file():
-        return Table(manifest.parent, _examples(source, readers[manifest.suffix](manifest), columns))
+        return manifest.parent, readers[manifest.suffix](manifest)
     if path.is_dir() and (rows := folder_rows(path)):
-        return Table(path, _examples(source, rows, columns))
+        return path, rows
     if path.is_dir() or (HUB_NAME.fullmatch(source) and path.suffix not in readers):
-        root, rows = hub_rows(str(path) if path.is_dir() else source, columns.image)
-        return Table(root, _examples(source, rows, columns))
+        return hub_rows(str(path) if path.is_dir() else source, image)
     raise DataError(f"there is no file or folder '{source}' (seen from {Path.cwd()}): check the path")
 
 

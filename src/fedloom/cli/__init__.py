@@ -5,6 +5,9 @@ from fedloom.cli import running
 # isort: split
 # Commands stand in --help as their files stand here.
 from fedloom.cli import comparing
+
+# isort: split
+from fedloom.cli import starting
 from fedloom.cli.app import app, main
 
-__all__ = ["app", "comparing", "main", "running"]
+__all__ = ["app", "comparing", "main", "running", "starting"]
