@@ -1,4 +1,4 @@
-"""init: a first recipe for data of one's own."""
+"""init, advise: a first recipe for data of one's own, and whether to join."""
 
 import sys
 import textwrap
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedloom.cli.app import app
+from fedloom.cli.options import RecipeName, Settings, loaded
 from fedloom.errors import RunError
 
 if TYPE_CHECKING:
@@ -77,3 +78,23 @@ def _answers(own: "Draft") -> dict[str, str]:
             if answer != guess.value:
                 found[guess.key] = answer
     return found
+
+
+@app.command(epilog="Example: fedloom advise quickstart --site site-03")
+def advise(
+    recipe: RecipeName,
+    site: Annotated[str | None, typer.Option("--site", metavar="NAME", help="Only this one; else every site.")] = None,
+    settings: Settings = None,
+) -> None:
+    """Should my site join? What one short round says, on held-out examples alone."""
+    from fedloom.advise import advise as ask
+    from fedloom.progress import watching
+    from fedloom.report import advice_table
+
+    asked = loaded(recipe, settings)
+    with watching() as watch:
+        found = ask(asked, watch)
+    known = [one.site for one in found]
+    if site is not None and site not in known:
+        raise RunError(f"there is no site '{site}' with held-out examples in {asked.file}; its sites are {known}.")
+    print(advice_table([one for one in found if site in (None, one.site)]))

@@ -10,6 +10,7 @@ from rich.text import Text
 from fedloom.report import compared, result
 from fedloom.report.figures import (
     COUNTED,
+    between,
     counted,
     duration,
     listed,
@@ -26,6 +27,7 @@ from fedloom.report.figures import (
 from fedloom.report.result import Row, Summary
 
 if TYPE_CHECKING:
+    from fedloom.advise import Advice
     from fedloom.answers import Measured
     from fedloom.comparisons import Comparison
 
@@ -113,6 +115,25 @@ def measured_table(found: "Mapping[str, Measured]", mean: bool = True) -> str:
             notes.append(f"{one_line(name)}: never or always there, and in no mean over labels: {labels}")
     table = metrics_table({name: row.metrics for name, row in found.items()}, mean)
     return _text([Text(table), *([Text(), *map(Text, notes)] if notes else [])])
+
+
+def advice_table(found: "Sequence[Advice]") -> str:
+    """What each site may expect of federating, and how far that can be told."""
+    grid = _grid("site", "held\nout", "alone", "together", "gain", "95 %", "")
+    for one in found:
+        interval = "" if one.low is None or one.high is None else between((one.low, one.high), signed=True)
+        gain = Text(points(one.gain), style=LOSS if loses(one.gain) else "")
+        grid.add_row(
+            *(Text(one_line(one.site)), str(one.examples), percent(one.alone), percent(one.together), gain),
+            *(interval, Text(one.verdict, style=LOSS if one.verdict == "stay" else "")),
+        )
+    metrics = sentence(listed(dict.fromkeys(one.metric for one in found)))
+    said = [
+        "join, stay: the interval is above zero, below it; unclear: it holds zero.",
+        "A forecast from one round, over the held-out examples; more rounds may change it.",
+    ]
+    title = Text(f"{metrics} in percent on held-out examples, after one round", style="bold")
+    return _text([title, Text(), grid, Text(), *map(Text, said)])
 
 
 def comparison_table(comparison: "Comparison") -> str:
