@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = Path(__file__).resolve().parent / "assets" / "recipes"
 TUNE = "tune"  # of [compare]: no row, but the values that `--tune` tries for each
-UNCOUNTED = {("federation", "engine"), ("federation", "keep"), ("compare",)}  # they change no result
+UNCOUNTED = {("federation", key) for key in ("engine", "keep", "track")} | {("compare",)}  # they change no result
 PATHS = {
     ("data", "source"),
     ("groups", "source"),

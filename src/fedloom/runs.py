@@ -30,6 +30,7 @@ from fedloom.rounds import lines_of, totals, train
 from fedloom.store import Store, holds_anything, write
 from fedloom.tensors import Private, Shared
 from fedloom.tested import Answered
+from fedloom.tracking import tracked
 from fedloom.views import left_out, own_tests, views
 
 WRITTEN = "# As run by fedloom"  # how the recipe of a run begins, and no other
@@ -149,14 +150,22 @@ def run(recipe: Recipe | str | Path, out: str | Path, resume: bool = False, watc
     if done.finished and done.recipe.federation.rounds == recipe.federation.rounds:
         write_report(folder)  # a kill may have come before it
         return done
-    federation = assemble(recipe)
-    # Only now: what cannot be read leaves no run behind.
-    write(folder / "recipe.toml", f"{WRITTEN} {__version__}\n{recipe.dump()}".encode())
+    with tracked(recipe, folder, watch) as told:
+        federation = assemble(recipe)
+        # Only now: what cannot be read leaves no run behind.
+        write(folder / "recipe.toml", f"{WRITTEN} {__version__}\n{recipe.dump()}".encode())
+        summary = _summary(recipe, federation, folder, told)
+    write(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    write_report(folder)
+    return Run(folder)
+
+
+def _summary(recipe: Recipe, federation: Federation, folder: Path, watch: Watch) -> dict[str, Any]:
     for reason in federation.skipped:
         watch(Note(reason))
     shared, privates = train(recipe.method_name, recipe.method, federation, folder, watch)
     answered = own_tests(federation, recipe.method, shared, privates)
-    summary = {
+    return {
         "fedloom": __version__,
         "recipe": recipe.id,
         "method": recipe.method_name,
@@ -170,9 +179,6 @@ def run(recipe: Recipe | str | Path, out: str | Path, resume: bool = False, watc
         "skipped_images": len(federation.skipped),
         **totals(lines_of(folder)),
     }
-    write(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    write_report(folder)
-    return Run(folder)
 
 
 def _checked(folder: Path, recipe: Recipe, resume: bool) -> Path:

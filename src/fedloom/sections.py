@@ -28,6 +28,7 @@ class Federation:
     quorum: Annotated[float, Gt(0), Le(1)] = 1.0  # the fraction of the asked sites that must answer
     evaluate_every: Count = 1  # rounds between evaluations on the held-out examples; 0: never
     keep: Positive = 3  # checkpoints of the server
+    track: tuple[Literal["mlflow", "tensorboard", "trackio", "wandb"], ...] = ()  # boards that are told of every round
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,18 @@ def run(
         Path | None, typer.Option("--out", metavar="DIR", help="The run's folder; else runs/RECIPE.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    track: Annotated[
+        list[str] | None,
+        typer.Option("--track", metavar="NAME", help="tensorboard, wandb, mlflow or trackio. Repeatable."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read and check everything, estimate time, memory, disk and bytes.")
     ] = False,
 ) -> None:
     """Run a federation, and show what each site gained."""
     asked = loaded(recipe, settings)
+    if track:
+        asked = asked.altered({"federation.track": track})
     folder = out or Path("runs") / Path(recipe).stem
     if dry_run:
         from fedloom.estimate import estimate
