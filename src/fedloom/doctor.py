@@ -8,32 +8,60 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from fedloom import __version__
+from huggingface_hub import try_to_load_from_cache
+
+from fedloom import __version__, backbones
 from fedloom.assembly import assemble, planned
-from fedloom.data import Dataset, Example
+from fedloom.data import Dataset, Example, read
+from fedloom.errors import BackboneError, DataError
 from fedloom.labels import vocabulary
 from fedloom.partition import shared_images
 from fedloom.recipe import Recipe
 
-EXTRAS = {"dicom": "pydicom"}  # extra -> what it brings
+EXTRAS = {"dicom": ("pydicom",), "track": ("accelerate", "tensorboard")}  # what each brings
 SHOWN = 5  # images that two sites share
 
 
 def machine() -> Iterator[str]:
-    """Versions, units, memory, disk and extras, a line each."""
+    """Versions, devices, disk and extras, a line each."""
     import torch
 
     yield f"fedloom {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield "  ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "safetensors", "datasets"))
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield f"{os.cpu_count()} cores, {memory / 2**30:.0f} GiB memory, GPU: {', '.join(gpus) or 'none'}"
-    yield f"bf16 units: {'yes' if _has_bf16() else 'no'}; free disk here: {shutil.disk_usage('.').free / 2**30:.0f} GiB"
-    for extra, package in EXTRAS.items():
+    yield f"device: CPU, {os.cpu_count()} cores, bf16 units: {_yes(_has_bf16())}; {memory / 2**30:.0f} GiB memory"
+    for i in range(torch.cuda.device_count()):
+        units, room = torch.cuda.is_bf16_supported(), torch.cuda.get_device_properties(i).total_memory
+        yield f"device: {torch.cuda.get_device_name(i)}, bf16 units: {_yes(units)}; {room / 2**30:.0f} GiB memory"
+    yield f"free disk here: {shutil.disk_usage('.').free / 2**30:.0f} GiB"
+    for extra, packages in EXTRAS.items():
+        have = {package: _version(package) for package in packages}
+        if lacking := [package for package, found in have.items() if found is None]:
+            yield f"extra {extra}: no {' and no '.join(lacking)} (pip install 'fedloom[{extra}]')"
+        else:
+            yield f"extra {extra}: {', '.join(f'{package} {found}' for package, found in have.items())}"
+
+
+def present(recipe: Recipe) -> Iterator[str]:
+    """Whether what a recipe names is there: its data, and its backbone."""
+    for name, group in recipe.parts.items():
+        what = f"data of {name}" if name else "data"
         try:
-            yield f"extra {extra}: {package} {version(package)}"
-        except PackageNotFoundError:
-            yield f"extra {extra}: not installed (pip install 'fedloom[{extra}]')"
+            yield f"{what}: {len(read(group.data.source, group.data.columns).examples)} examples"
+        except DataError:
+            yield f"{what}: not there"
+    name = recipe.backbone.name
+    try:
+        folder = Path(backbones.locate(name))
+    except BackboneError:
+        yield f"backbone {name}: not there"
+        return
+    if folder.is_dir():
+        yield f"backbone {name}: there, {sum(file.stat().st_size for file in folder.iterdir()) / 1e6:.0f} MB"
+    elif try_to_load_from_cache(name, "config.json"):
+        yield f"backbone {name}: fetched before"
+    else:
+        yield f"backbone {name}: not fetched yet; the first run takes it from the Hugging Face hub"
 
 
 def sites(recipe: Recipe) -> Iterator[str]:
@@ -64,6 +92,17 @@ def _located(dataset: Dataset) -> list[Example]:
     """Its examples, each with the whole path of its image: two groups of sites may have two sources."""
     root = dataset.pixels.root if dataset.pixels else Path()
     return [replace(row, image=str(root / row.image) if row.image else None) for row in dataset.examples]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _yes(there: bool) -> str:
+    return "yes" if there else "no"
 
 
 def _has_bf16() -> bool:

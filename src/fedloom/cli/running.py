@@ -1,5 +1,6 @@
 """run, evaluate, predict, check: one federation, and the machine it runs on."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -106,11 +107,12 @@ def check(
     recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe whose data to look at.")] = None,
     settings: Settings = None,
 ) -> None:
-    """Look at this machine and, given a recipe, at its data: sites, sizes, classes, images that two sites share."""
-    from fedloom.doctor import machine, sites
+    """Look at this machine and, given a recipe, at its data and backbone: sites, sizes, classes, shared images."""
+    from fedloom.doctor import machine, present, sites
 
+    asked = None if recipe is None else loaded(recipe, settings)
     for line in machine():
         print(line)
-    if recipe is not None:
-        for line in sites(loaded(recipe, settings)):
+    if asked is not None:
+        for line in chain(present(asked), sites(asked)):
             print(line)
