@@ -7,12 +7,13 @@ RUN := runs/quickstart
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test format lint types layers tests fast clean
+.PHONY: help demo test format lint types layers tests fast docs clean
 
 help:
 	@echo "make demo    fine-tune a small CLIP across ten sites (in $(RUN)) and show what each gained"
 	@echo "make test    format, lint, types, layers and tests"
 	@echo "make fast    the tests of under a minute"
+	@echo "make docs    the documentation, in site/; a broken link is an error"
 	@echo "make clean   remove the environment and the caches; runs/ stays"
 
 # An interrupted demo goes on where it stopped; a finished one shows its result again.
@@ -39,8 +40,11 @@ tests: $(VENV)/.installed-dev
 fast: $(VENV)/.installed-dev
 	$(BIN)/pytest -q -n 2 -m "not slow"
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fedloom needs Python 3.11 or newer, and $(PYTHON) is not; name one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
@@ -55,3 +59,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing fedloom and its development tools into $(VENV): about 1.5 GB, a few minutes, once."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@

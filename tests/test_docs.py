@@ -1,0 +1,86 @@
+"""What the documentation shows is true: commands that run, recipes that load, files that are there."""
+
+import json
+import re
+import runpy
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import fedloom as package
+from fedloom.cli import app
+from fedloom.recipe import load
+
+Fedloom = Callable[..., tuple[int, str, str]]
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    *(path for path in (ROOT / "docs").rglob("*.md") if not {"results", "studies"} & set(path.parts)),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+]
+TOURS = sorted((ROOT / "docs" / "tours").glob("*.md"))
+FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"^    (fedloom .*)$", re.MULTILINE)
+LOADS = ("run", "compare", "check", "advise")  # commands whose first argument is a recipe
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Every `fedloom ...` that a page shows, split as a shell would."""
+    text = page.read_text("utf-8")
+    shown = [line for kind, _, body in FENCE.findall(text) if kind == "sh" for line in body.splitlines()]
+    for line in [*shown, *INDENTED.findall(text)]:
+        words = shlex.split(line, comments=True)
+        while words and "=" in words[0]:
+            words = words[1:]
+        if words and words[0] == "fedloom":
+            yield words[1:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_command_that_is_shown_is_one(page: Path) -> None:
+    group: Any = typer.main.get_command(app)
+    for words in commands(page):
+        if "..." in words or not words:
+            continue
+        command = group.commands[words[0]]
+        context = command.make_context(words[0], list(words[1:]))
+        recipe = str(context.params.get("recipe"))
+        if words[0] in LOADS and not recipe.endswith(".toml"):
+            load(recipe, context.params.get("settings") or ())
+
+
+@pytest.mark.parametrize("page", TOURS, ids=lambda path: path.stem)
+def test_a_tour_can_be_followed_to_the_letter(
+    page: Path, fedloom: Fedloom, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for kind, title, body in FENCE.findall(page.read_text("utf-8")):
+        if title:
+            Path(title).write_text(body, "utf-8")
+        for line in body.splitlines() if kind == "sh" else ():
+            words = [word for word in shlex.split(line, comments=True) if word != "PYTHONPATH=."]
+            if words[0] == "python":
+                runpy.run_path(words[1], run_name="__main__")
+                continue
+            code, out, err = fedloom(*words[1:])
+            assert (code, err) == (0, ""), line
+            assert max(map(len, out.splitlines())) <= 80 or words[1] in ("run", "compare", "check"), line
+    assert "TIME_" not in page.read_text("utf-8")
+    for folder in Path("runs").glob("*/report.html"):
+        assert package.Run(folder.parent).finished
+
+
+def test_the_run_folder_is_as_it_is_described(recipe: Path, tmp_path: Path) -> None:
+    run = package.run(recipe, tmp_path / "run")
+    described = set(re.findall(r"`([a-z_.]+)`", (ROOT / "docs" / "run-folder.md").read_text("utf-8")))
+    row = next(iter(run.summary["views"]["personal"]["sites"].values()))
+    beside = next(iter(run.summary["references"]["local"]["personal"]["sites"].values()))
+    line = json.loads((run.folder / "rounds.jsonl").read_text().splitlines()[0])
+    site = next(iter(line["sites"].values()))
+    for keys in (run.summary, run.summary["views"], row, beside, line, site, run.summary["details"]["oslo"]):
+        assert set(keys) - {"metric"} <= described
+    assert {path.name for path in run.folder.iterdir()} <= described
