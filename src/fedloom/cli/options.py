@@ -1,5 +1,6 @@
-"""Arguments and options that several commands take."""
+"""Arguments and options that several commands take, and how a long line is shown."""
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,6 +9,7 @@ import typer
 if TYPE_CHECKING:
     from fedloom.recipe import Recipe
 
+WIDTH = 80
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of a built-in recipe.")]
 Workers = Annotated[
     int, typer.Option("--workers", metavar="N", min=1, help="Cells side by side, a process of one thread each.")
@@ -30,3 +32,9 @@ def loaded(recipe: str, settings: list[str] | None) -> "Recipe":
     from fedloom.recipe import load
 
     return load(recipe, settings or ())
+
+
+def folded(line: str) -> str:
+    """A line of 80 columns at most, what follows indented; a path is not torn."""
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    return textwrap.fill(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fedloom.cli.app import app
-from fedloom.cli.options import RecipeName, RunFolder, Settings, loaded
+from fedloom.cli.options import RecipeName, RunFolder, Settings, folded, loaded
 from fedloom.errors import RunError
 
 
@@ -36,7 +36,7 @@ def run(
         from fedloom.estimate import estimate
 
         for line in estimate(asked).lines():
-            print(line)
+            print(folded(line))
         return
     from fedloom.progress import watching
     from fedloom.report import table
@@ -112,7 +112,7 @@ def check(
 
     asked = None if recipe is None else loaded(recipe, settings)
     for line in machine():
-        print(line)
+        print(folded(line))
     if asked is not None:
         for line in chain(present(asked), sites(asked)):
-            print(line)
+            print(folded(line))

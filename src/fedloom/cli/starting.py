@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedloom.cli.app import app
-from fedloom.cli.options import RecipeName, Settings, loaded
+from fedloom.cli.options import WIDTH, RecipeName, Settings, loaded
 from fedloom.errors import RunError
 
 if TYPE_CHECKING:
     from fedloom.drafting import Draft
 
-WIDTH = 80
 ASKED = ("label", "site", "task", "backbone", "method")  # on a terminal
 Column = Annotated[str | None, typer.Option(metavar="COLUMN", help="Which column it is; 'none' for no such column.")]
 
