@@ -68,7 +68,8 @@ def test_a_tour_can_be_followed_to_the_letter(
                 continue
             code, out, err = fedloom(*words[1:])
             assert (code, err) == (0, ""), line
-            assert max(map(len, out.splitlines())) <= 80 or words[1] in ("run", "compare"), line
+            lines = [shown for shown in out.splitlines() if str(tmp_path) not in shown]  # no path is torn
+            assert max(map(len, lines)) <= 80 or words[1] in ("run", "compare"), line
     assert "TIME_" not in page.read_text("utf-8")
     for folder in Path("runs").glob("*/report.html"):
         assert package.Run(folder.parent).finished

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from fedloom.cli.app import app
-from fedloom.cli.options import ProtocolFile, RecipeName, Settings, Tune, Workers, loaded
+from fedloom.cli.options import ProtocolFile, RecipeName, Settings, Tune, Workers, folded, loaded
 from fedloom.errors import RunError
 
 
@@ -126,4 +126,5 @@ def verify_aggregation(
         numbers = [int(rank) for rank in ranks.split(",")]
     except ValueError:
         raise RunError(f"--ranks is '{ranks}'; expected numbers with commas between them: 4,8,16.") from None
-    print(table(findings(named(method), numbers)))
+    for line in table(findings(named(method), numbers)).splitlines():
+        print(folded(line))
