@@ -65,6 +65,7 @@ def test_the_calibration_error_of_a_choice_is_that_of_the_largest_probability() 
     sure = torch.tensor([[9.0, 0, 0], [9.0, 0, 0]])
     p, y = task.judged(sure, torch.tensor([0, 1]))
     assert_close(y, torch.tensor([1.0, 0.0], dtype=torch.float64))
+    assert bool((p > 0.99).all())
     assert calibration_error(p, y) == pytest.approx(0.5, abs=1e-3)
 
 
