@@ -185,7 +185,7 @@ class AlbefModel(PreTrainedModel):
         ids and position (n or 1, length): word pieces and how many stand before them
         reads (n or 1, length, length) bool: whether a piece (row) may read another (column)
         """
-        hidden: Tensor = self.text.embeddings(ids, position_ids=position).expand(len(states), -1, -1)
+        hidden: Tensor = self.text.embeddings(ids, position_ids=position).expand(states.shape[0], -1, -1)
         for layer in self.decoder:
             hidden = layer(hidden, self.additive(reads[:, None]), states, self.additive(states_mask[:, None, None]))
         return hidden
