@@ -50,11 +50,16 @@ def write_onnx(path: Path, predictor: Served | Blend, batch: Batch) -> None:
 
 def _exported(graph: nn.Module, given: Mapping[str, Tensor]) -> Any:
     shapes = {name: {0: "n"} | ({1: "pieces"} if t.dim() == 2 else {}) for name, t in given.items()}
-    names = {"input_names": list(given), "output_names": ["logits"]}
     try:
         with _quietly():
             return torch.onnx.export(
-                graph, kwargs=dict(given), dynamic_shapes=shapes, opset_version=OPSET, verbose=False, **names
+                graph,
+                kwargs=dict(given),
+                input_names=list(given),
+                output_names=["logits"],
+                dynamic_shapes=shapes,
+                opset_version=OPSET,
+                verbose=False,
             )
     except torch.onnx.OnnxExporterError as e:
         reason = str(e.__cause__ or e).strip().splitlines()[0]
