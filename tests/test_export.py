@@ -90,12 +90,14 @@ def placed(folder: Path, contents: dict[str, bytes]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("adapter", [GATED, IA3()], ids=["lora", "ia3"])
+@pytest.mark.parametrize("adapter", [GATED, IA3(), Bottleneck(width=5)], ids=lambda adapter: type(adapter).__name__)
 def test_peft_answers_as_the_adapter(
     adapter: Adapter, served: Callable[[Adapter], Served], backbone: Path, tmp_path: Path
 ) -> None:
     from peft import PeftModel
     from transformers import CLIPModel
+
+    import fedloom.peft_bottleneck  # noqa: F401  (PEFT learns of the bottleneck; it knows the others)
 
     ours = served(adapter)
     folder = placed(tmp_path / "peft", files(ours.site.model, adapter, ours.tensors, "tiny"))
@@ -455,3 +457,22 @@ def test_bfloat16_is_exported_within_what_it_holds(made: Callable[..., Run], tmp
     assert checks[0].tolerance > 1e-2
     merged = load_file(tmp_path / "to" / "rome" / "merged" / "model.safetensors")
     assert {t.dtype for t in merged.values()} == {torch.float32}, "a delta is smaller than a bit of bfloat16"
+
+
+def test_the_commands_of_the_documentation(
+    recipe: Path, tmp_path: Path, fedloom: CLIs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(load(recipe, FAST), tmp_path / "runs" / "hospitals")
+    page = (Path(__file__).parents[1] / "docs" / "export.md").read_text("utf-8")
+    commands = re.findall(r"^fedloom ([^#\n]*[^# \n])", page, re.M)
+    assert len(commands) == 6
+    for command in commands:
+        if "--onnx" in command:  # as test_export_families has it
+            continue
+        code, _, said = fedloom(*command.split())
+        assert (code, "token" in said) == (2, True) if "--push" in command else (0, False), said
+    toml = re.search(r"```toml\n(.*?)```", page, re.S)
+    assert toml
+    (tmp_path / "late.toml").write_text(recipe.read_text() + toml[1])
+    assert load(tmp_path / "late.toml").sites["oslo"].joins == 2

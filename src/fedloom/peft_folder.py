@@ -1,11 +1,12 @@
-r"""An adapter as a folder of Hugging Face PEFT: LoRA and (IA)³ are written, LoRA is read.
+r"""An adapter as a folder of Hugging Face PEFT: LoRA, (IA)³ and bottlenecks are written, LoRA is read.
 
     adapter_config.json          ranks, α, and the modules of the model by their full paths
     adapter_model.safetensors    base_model.model.MODULE.lora_A.weight (r, in), .lora_B.weight (out, r); .ia3_l (out, 1)
 
 PEFT scales by α over the rank of each module, where ours is a constant s of the federation: a module of m ranks is
 written with α = s m. PEFT knows no gates: they are folded into A, and a rank that adds nothing is left out. A module
-without a rank is no target.
+without a rank is no target. PEFT knows no bottleneck either: `fedloom.peft_bottleneck` tells it of one, whose tensors
+are MODULE.bottleneck_down.weight (b, d), .bias (b), MODULE.bottleneck_up.weight (d, b), .bias (d).
 """
 
 import json
@@ -21,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedloom import lowrank
-from fedloom.adapters import IA3, LoRA
+from fedloom.adapters import IA3, Bottleneck, LoRA
 from fedloom.backbones.adaptable import Adaptable
 from fedloom.errors import AdapterError, StoreError
 from fedloom.lowrank import Factors
@@ -30,6 +31,7 @@ from fedloom.tensors import Tensors, by_place, from_bytes, of_model, without
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+BOTTLENECK = "BOTTLENECK"  # a method that `fedloom.peft_bottleneck` adds to PEFT's
 # Starts that change the frozen weights too, so that the adapter fits no other copy of the backbone.
 REBASED = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
@@ -46,6 +48,8 @@ def files(model: Adaptable, adapter: Adapter, tensors: Tensors, base: str) -> di
             config, weights = _lora(model, alive(own), adapter.scale)
         case IA3():
             config, weights = _ia3(model, own)
+        case Bottleneck():
+            config, weights = _bottleneck(model, adapter, own)
         case _ if not own:
             return {}
         case _:
@@ -92,6 +96,19 @@ def _ia3(model: Adaptable, tensors: Tensors) -> tuple[dict[str, Any], dict[str, 
     factors = {model.modules[place]: leaves["l"] for place, leaves in by_place(tensors).items()}
     config = {"peft_type": "IA3", "target_modules": sorted(factors), "feedforward_modules": []}
     return config, {f"{PREFIX}{module}.ia3_l": factor[:, None].contiguous() for module, factor in factors.items()}
+
+
+def _bottleneck(model: Adaptable, adapter: Bottleneck, tensors: Tensors) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    shapes, weights = {}, {}
+    for place, leaves in sorted(by_place(tensors).items()):
+        module = model.modules[place]
+        width, dim = leaves["down"].shape
+        shapes[module] = [dim, width]
+        for part in ("down", "up"):
+            weights[f"{PREFIX}{module}.bottleneck_{part}.weight"] = leaves[part].contiguous()
+            weights[f"{PREFIX}{module}.bottleneck_{part}.bias"] = leaves[f"{part}_bias"].contiguous()
+    config = {"peft_type": BOTTLENECK, "target_modules": sorted(shapes), "shapes": shapes}
+    return {**config, "activation": adapter.activation}, weights
 
 
 def import_peft(folder: Path, model: Adaptable, adapter: LoRA, base: str) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ def export(run: Run, to: Path, sites: Sequence[str] = (), forms: Collection[Form
     raises RunError: the run is not finished, or has no such site
     """
     if run.round is None and not run.finished:
-        over, asked = len(run.rounds), run.recipe.federation.rounds
+        over, asked = run.last, run.recipe.federation.rounds
         raise RunError(
             f"the run in '{run.folder}' is not finished ({over} of {asked} rounds); go on with it (--resume), or "
             f"export what a round left: --round {over}."

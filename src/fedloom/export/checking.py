@@ -86,6 +86,8 @@ def in_peft(module: Any, folder: Path) -> Any:
     """The model with the adapter of a folder in it, by PEFT."""
     try:
         from peft import PeftModel
+
+        import fedloom.peft_bottleneck  # noqa: F401  (PEFT learns of it)
     except ImportError:
         raise ExportError("a PEFT folder is checked by PEFT, which is missing: pip install 'fedloom[peft]'.") from None
     try:

@@ -54,6 +54,8 @@ def _lines(about: About, form: str, model_type: str, adapted: bool) -> Iterator[
     if not prompts:
         yield "from safetensors.torch import load_file"
     yield "from transformers import AutoModel"
+    if by_peft and about.adapter == "bottleneck":
+        yield "\nimport fedloom.peft_bottleneck  # PEFT learns of the adapter"
     if model_type == "albef":
         yield "\nimport fedloom.backbones.albef_model  # AutoModel learns of ALBEF"
     folder = about.parts[0] if about.parts and form == "peft" else "."
