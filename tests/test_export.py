@@ -103,6 +103,7 @@ def test_peft_answers_as_the_adapter(
     folder = placed(tmp_path / "peft", files(ours.site.model, adapter, ours.tensors, "tiny"))
     theirs = PeftModel.from_pretrained(CLIPModel.from_pretrained(backbone), folder).eval()
     equal(read_by(backbone, theirs), own(ours))
+    equal(read_by(backbone, theirs.unload()), read_by(backbone, CLIPModel.from_pretrained(backbone)))
     if adapter is GATED:
         config, weights = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
         assert len(set(config["rank_pattern"].values()) | {config["r"]}) == 4

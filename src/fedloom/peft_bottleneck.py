@@ -93,6 +93,11 @@ class BottleneckModel(BaseTuner):
         if not wrapped:
             self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own looks for the weight of the layer that it replaces, and a block has none of its own.
+        setattr(parent, child_name, new_module)
+        new_module.to(next(self.model.parameters()).device)
+
 
 _KIND: Any = BOTTLENECK  # a string, where PEFT's own are of an enumeration that cannot be extended
 PEFT_TYPE_TO_CONFIG_MAPPING[_KIND] = BottleneckConfig

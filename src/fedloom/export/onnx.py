@@ -59,11 +59,12 @@ def _exported(graph: nn.Module, given: Mapping[str, Tensor]) -> Any:
                 output_names=["logits"],
                 dynamic_shapes=shapes,
                 opset_version=OPSET,
+                dynamo=True,
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as e:
         reason = str(e.__cause__ or e).strip().splitlines()[0]
-        raise ExportError(f"this backbone's forward pass does not become a graph: {reason}") from e
+        raise ExportError(f"what is served does not become a graph: {reason}") from e
 
 
 def run_onnx(path: Path, given: dict[str, Tensor]) -> Tensor:

@@ -104,8 +104,10 @@ class Ensemble:
         return {**members, **({_key(site.name): own} if own else {})}
 
     def _blend(self, site: Site, adapters: Mapping[str, Tensors], head: Tensors) -> Blend:
+        independent = separate(site.task)
+
         def mean_score(logits: Mapping[str, Tensor]) -> Tensor:
-            return logits_of(site.task, torch.stack([site.task.scores(own) for own in logits.values()]).mean(0))
+            return logits_of(torch.stack([site.task.scores(own) for own in logits.values()]).mean(0), independent)
 
         parts = {name: Served(site, self.adapter, {**own, **head}) for name, own in adapters.items()}
         return Blend(parts, mean_score, "the mean of the probabilities", alone="distil = true")
@@ -132,10 +134,10 @@ def _key(site: str) -> str:
     return quote(site, safe="")
 
 
-def logits_of(task: Task, scores: Tensor) -> Tensor:
-    """Logits that have these scores."""
+def logits_of(scores: Tensor, independent: bool) -> Tensor:
+    """Logits that have these scores, of labels that are judged one by one, or of which one is chosen."""
     scores = scores.clamp(LEAST, 1 - LEAST)
-    return scores.logit() if separate(task) else scores.log()
+    return scores.logit() if independent else scores.log()
 
 
 def separate(task: Task) -> bool:
