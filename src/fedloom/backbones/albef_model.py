@@ -160,6 +160,11 @@ class AlbefModel(PreTrainedModel):
         if isinstance(module, AlbefModel):
             initialization.constant_(module.temperature, TEMPERATURE)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Of word pieces; PEFT asks which modules share their weights."""
+        words: nn.Module = self.text.embeddings.word_embeddings
+        return words
+
     def image(self, pixels: Tensor) -> Tensor:
         """Image states (n, positions, dim) of normalised pixels (n, 3, size, size)."""
         states: Tensor = self.vision(pixels).last_hidden_state
