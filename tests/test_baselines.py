@@ -15,7 +15,7 @@ from fedloom.adapters import Bottleneck, LoRA, Sum
 from fedloom.engines.local import LocalEngine, Participant
 from fedloom.federation import Schedule, federate
 from fedloom.methods import Ditto, Ensemble, FedAvg, FedDAT, FedOpt, Local, Method, Scaffold
-from fedloom.methods.ensemble import logits_of
+from fedloom.methods.ensemble import logits_of, separate
 from fedloom.site import Answer, Site, Update
 from fedloom.store import Store
 from fedloom.tasks import VQA, Classification, Detection
@@ -94,7 +94,7 @@ def test_a_site_s_newest_adapter_takes_the_place_of_the_one_it_sent(site: Make, 
 )
 def test_logits_have_the_scores_they_were_made_of(task: Any) -> None:
     scores = task.scores(torch.tensor([[0.3, -1.0, 2.0], [1.0, 1.0, -3.0]]))
-    torch.testing.assert_close(task.scores(logits_of(task, scores)), scores)
+    torch.testing.assert_close(task.scores(logits_of(scores, separate(task))), scores)
 
 
 def test_what_is_distilled_comes_near_the_ensemble_and_is_one_adapter(site: Make, tmp_path: Path) -> None:

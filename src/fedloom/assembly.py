@@ -14,10 +14,11 @@ from fedloom.backbones import Attention
 from fedloom.backbones.adaptable import Adaptable
 from fedloom.data import Dataset, Example, Pixels, Table, read
 from fedloom.engines.local import LocalEngine, Participant
-from fedloom.errors import DataError, RecipeError, StoreError
+from fedloom.errors import AdapterError, DataError, RecipeError, StoreError
 from fedloom.federation import Schedule, expected_shape
 from fedloom.labels import vocabulary
 from fedloom.methods import Method
+from fedloom.peft_folder import import_peft
 from fedloom.places import Adapter
 from fedloom.recipe import Recipe
 from fedloom.sections import IID, ByClass, ByQuantity, Data, Dirichlet, Group, Natural, SiteOptions, Whole
@@ -217,12 +218,20 @@ def _brought(name: str, recipe: Recipe, model: Adaptable) -> Tensors:
     if own.initial is None:
         widened = {"width" if isinstance(adapter, Bottleneck) else "rank": own.width}
         return model.init(replace(adapter, **widened), recipe.federation.seed, name)  # type: ignore[arg-type]
-    path = Path(own.initial)
-    if not path.is_file():
-        raise RecipeError(f"there is no file '{path}', which [sites] {name} initial of {recipe.file} names.")
+    path, expected = Path(own.initial), model.init(adapter, recipe.federation.seed)
+    if not path.exists():
+        raise RecipeError(f"there is no file or folder '{path}', which [sites] {name} initial of {recipe.file} names.")
+    if path.is_dir() and not isinstance(adapter, LoRA):
+        raise RecipeError(
+            f"'{path}', which [sites] {name} initial of {recipe.file} names, is a folder, and PEFT's LoRA is all that "
+            "can be brought in as one; [method.adapter] here is of another kind."
+        )
     try:
-        brought, expected = from_bytes(path.read_bytes()), model.init(adapter, recipe.federation.seed)
-    except (OSError, StoreError) as e:
+        if path.is_dir() and isinstance(adapter, LoRA):
+            brought = import_peft(path, model, adapter, recipe.backbone.name)
+        else:
+            brought = from_bytes(path.read_bytes())
+    except (OSError, StoreError, AdapterError) as e:
         raise RecipeError(f"'{path}', which [sites] {name} initial of {recipe.file} names, is no adapter: {e}") from e
     if differ := sorted(brought.keys() ^ expected.keys()):
         raise RecipeError(

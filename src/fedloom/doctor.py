@@ -18,7 +18,12 @@ from fedloom.labels import vocabulary
 from fedloom.partition import shared_images
 from fedloom.recipe import Recipe
 
-EXTRAS = {"dicom": ("pydicom",), "track": ("accelerate", "tensorboard")}  # what each brings
+EXTRAS = {  # what each brings
+    "dicom": ("pydicom",),
+    "onnx": ("onnxruntime",),
+    "peft": ("peft",),
+    "track": ("accelerate", "tensorboard"),
+}
 SHOWN = 5  # images that two sites share
 
 

@@ -10,6 +10,7 @@
     ├── TrainingError      a loss that is not finite
     ├── UpdateError        an update that is refused: names, shapes, dtypes, finiteness, size
     ├── QuorumError        too few sites answered
+    ├── ExportError        what cannot be exported as it was asked, or is no longer what was exported
     ├── LawError           a method that breaks a law that every method obeys
     ├── StoreError         a file of state that cannot be read or written
     └── RunError           a run folder that is in the way, unfinished, or of another recipe
@@ -56,6 +57,10 @@ class UpdateError(FedloomError):
 
 class QuorumError(FedloomError):
     """Too few sites answered."""
+
+
+class ExportError(FedloomError):
+    """What cannot be exported as it was asked, or is no longer what was exported."""
 
 
 class LawError(FedloomError):

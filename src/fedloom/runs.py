@@ -42,6 +42,7 @@ class Run:
     """A run folder."""
 
     folder: Path
+    round: int | None = None  # what it left is looked at, counted from one; None: what the last left, and fine-tuning
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -76,20 +77,32 @@ class Run:
         return tuple(self.federation.participants)
 
     @property
+    def last(self) -> int:
+        """The round whose result is looked at, counted from one."""
+        return self._last[0] + 1
+
+    @property
     def shared(self) -> Shared:
         return self._last[1]
 
     def private(self, site: str) -> Private:
         """What a site holds after the last round that ended; of a finished run, fine-tuned where the recipe says so."""
         store = Store(site_folder(self.folder, self._participant(site).site.name))
-        personal = store.personal() if self.finished else None
+        personal = store.personal() if self.finished and self.round is None else None
         return own_state(store.before(self._last[0] + 1)[1] if personal is None else personal)
 
     @cached_property
     def _last(self) -> tuple[int, Shared]:
-        last, tensors = Store(self.folder / "server").before(self.recipe.federation.rounds)
-        if last < 0:
+        checkpoints, rounds = Store(self.folder / "server"), self.recipe.federation.rounds
+        last, tensors = checkpoints.before(rounds if self.round is None else self.round)
+        if last < 0 and self.round is None:
             raise RunError(f"the run in '{self.folder}' has no round yet; go on with it: --resume.")
+        if self.round is not None and last != self.round - 1:
+            kept = ", ".join(str(number + 1) for number in checkpoints.kept()) or "none"
+            raise RunError(
+                f"the run in '{self.folder}' no longer has, or never had, what round {self.round} left; it has rounds "
+                f"{kept} ([federation] keep says how many)."
+            )
         return last, Shared(tensors)
 
     def evaluate(self, split: str = "test", site: str | None = None) -> dict[str, dict[str, float]]:

@@ -134,7 +134,7 @@ class SiteOptions:
 
     joins: Count = 0  # the first round that asks it, the first of all being 0; at the latest the last one
     width: Positive | None = None  # of its own adapter: hidden units, or ranks; "none": that of [method.adapter]
-    initial: str | None = None  # a safetensors file with the adapter that it brings, trained elsewhere
+    initial: str | None = None  # the adapter that it brings: a safetensors file, or the folder of a PEFT LoRA
 
 
 SECTIONS: Mapping[str, Any] = {

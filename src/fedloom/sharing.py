@@ -1,13 +1,13 @@
 """One adapter that all sites share: how it starts, what a site makes of it by itself, what the site serves."""
 
-from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
 
-from fedloom.backbones.adaptable import Adaptable, Batch
+from fedloom.backbones.adaptable import Adaptable
 from fedloom.errors import MethodError
 from fedloom.places import Adapter
+from fedloom.serving import Served
 from fedloom.site import Site
 from fedloom.tasks import Task
 from fedloom.tensors import Private, Shared, Tensors, at, of_model, part, under, without
@@ -54,8 +54,8 @@ def tuned(site: Site, adapter: Adapter, shared: Tensors, private: Tensors, epoch
     return Private({**part("head", trained), **at("local", without("head", trained))})
 
 
-def predictor(site: Site, adapter: Adapter, shared: Tensors, private: Tensors) -> Callable[[Batch], Tensor]:
+def predictor(site: Site, adapter: Adapter, shared: Tensors, private: Tensors) -> Served:
     """Logits by the site's own copies where it has them, else by what is shared, else by a fresh head."""
     fresh = site.task.init(site.model.dim, site.seed)
     tensors = {**fresh, **of_model(shared), **part("head", private), **under("local", private)}
-    return lambda batch: site.logits(adapter, tensors, batch)
+    return Served(site, adapter, tensors)

@@ -59,6 +59,10 @@ class Store:
             if old != path:
                 old.unlink(missing_ok=True)
 
+    def kept(self) -> list[int]:
+        """The rounds whose state is still there."""
+        return sorted({int(path.name.partition("-")[0]) for path in self.folder.glob("[0-9]*.safetensors")})
+
     def size(self) -> int:
         """Bytes on disk."""
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))

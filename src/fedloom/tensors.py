@@ -143,6 +143,15 @@ def from_bytes(frame: bytes) -> dict[str, Tensor]:
         raise StoreError(f"a frame of {len(frame)} bytes is not safetensors: {e}.") from e
 
 
+def digest(tensors: Tensors) -> str:
+    """SHA-256 of names, shapes, dtypes and values, in the order of the names."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def generator(*key: object) -> Generator:
     """Randomness that is a function of the key alone, on every machine."""
     digest = hashlib.sha256(repr(key).encode()).digest()

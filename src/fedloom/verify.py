@@ -177,6 +177,7 @@ def table(found: Sequence[Finding]) -> str:
 class _Layer:
     """One linear layer as a `Network`; an example is what the layer reads."""
 
+    processor: Sequence[Any] = ()
     fuses, trunk, blocks = False, "probe", 1
 
     def __init__(self, weight: Tensor):

@@ -75,7 +75,7 @@ def _module(folder: str, dtype: torch.dtype, attention: Attention) -> Any:
     from transformers import AutoModel
 
     try:
-        with _quietly():  # what it reports is checked below
+        with quietly():  # what it reports is checked below
             module, read = AutoModel.from_pretrained(
                 folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
             )
@@ -93,7 +93,7 @@ def _module(folder: str, dtype: torch.dtype, attention: Attention) -> Any:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without the progress bar and the report of transformers on what it loads."""
     import transformers
 

@@ -47,6 +47,7 @@ class Network(Protocol):
     """A Hugging Face model, and what is particular about its family."""
 
     module: nn.Module
+    processor: Sequence[Any]  # of pictures and of words, as transformers saves them
     dim: int  # of Features.pooled
     places: Mapping[Place, nn.Module]  # where added adapters may go, in the towers that are adapted
     sequences: Mapping[Place, nn.Module]  # whole blocks, by their block place, where positions may be inserted
@@ -98,6 +99,10 @@ class Adaptable:
             block.register_forward_hook(self._leaving(place))
         self._wrapped = _Wrapped(network)
         self._paths = {module: name for name, module in network.module.named_modules()}
+        # Where in the Hugging Face model a linear place or a block place is.
+        self.modules: Mapping[str, str] = {
+            place.name: self._paths[module] for place, module in network.places.items() if module in self._paths
+        }
         self._replaceable = frozenset(self._parameters(Everything()))
         if checkpointing:
             self._checkpoint()

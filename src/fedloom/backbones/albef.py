@@ -106,6 +106,7 @@ class Albef:
         if not towers or not set(towers) <= set(TOWERS):
             raise BackboneError(f"towers {list(towers)} were asked for; ALBEF has {', '.join(TOWERS)}.")
         self.module: Any = module
+        self.processor: Sequence[Any] = processor
         self.image_processor, tokenizer = processor
         text: Any = module.config.text_config
         self.dim: int = text.hidden_size
@@ -181,7 +182,7 @@ class Albef:
             logits = self.module.head(self.module.decode(tree.ids, tree.position, tree.reads, fused, mask)).float()
             candidate, node, piece = tree.step
             steps = logits[:, node, piece] - logits.logsumexp(-1)[:, node]
-            parts.append(steps.new_zeros(len(fused), count).index_add(1, candidate, steps))
+            parts.append(steps.new_zeros(fused.shape[0], count).index_add(1, candidate, steps))
         return torch.cat(parts, dim=1)
 
     def _grow(self, candidates: tuple[str, ...]) -> list[tuple[Tree, int]]:

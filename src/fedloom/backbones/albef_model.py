@@ -160,6 +160,11 @@ class AlbefModel(PreTrainedModel):
         if isinstance(module, AlbefModel):
             initialization.constant_(module.temperature, TEMPERATURE)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Of word pieces; PEFT asks which modules share their weights."""
+        words: nn.Module = self.text.embeddings.word_embeddings
+        return words
+
     def image(self, pixels: Tensor) -> Tensor:
         """Image states (n, positions, dim) of normalised pixels (n, 3, size, size)."""
         states: Tensor = self.vision(pixels).last_hidden_state
@@ -185,7 +190,7 @@ class AlbefModel(PreTrainedModel):
         ids and position (n or 1, length): word pieces and how many stand before them
         reads (n or 1, length, length) bool: whether a piece (row) may read another (column)
         """
-        hidden: Tensor = self.text.embeddings(ids, position_ids=position).expand(len(states), -1, -1)
+        hidden: Tensor = self.text.embeddings(ids, position_ids=position).expand(states.shape[0], -1, -1)
         for layer in self.decoder:
             hidden = layer(hidden, self.additive(reads[:, None]), states, self.additive(states_mask[:, None, None]))
         return hidden

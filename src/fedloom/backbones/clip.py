@@ -31,6 +31,7 @@ class CLIP:
         if not towers or not set(towers) <= set(TOWERS):
             raise BackboneError(f"towers {list(towers)} were asked for; CLIP has 'vision' and 'text'.")
         self.module = module
+        self.processor: Sequence[Any] = processor
         self.image_processor, self.tokenizer = processor
         self.towers = tuple(towers)
         config = self.module.config

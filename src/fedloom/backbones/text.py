@@ -8,7 +8,8 @@ the checkpoint is left out: RoBERTa and DistilBERT were pre-trained without one,
 sentences follow each other, and the mean is defined for all of them.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -75,7 +76,9 @@ class Stack:
         """States (n, positions, d) after the blocks `first` to `last`; mask (n, positions), False in the padding."""
         # What an attention adds to its scores: nothing, or the least number there is.
         added = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
-        scores = None if mask.all() else added[:, None, None, :].expand(-1, -1, mask.shape[1], -1)
+        # A graph that is being exported has one path, and takes the longer.
+        whole = not torch.compiler.is_exporting() and bool(mask.all())
+        scores = None if whole else added[:, None, None, :].expand(-1, -1, mask.shape[1], -1)
         for block in self.blocks[first:last]:
             out = block(hidden, scores)
             hidden = out[0] if isinstance(out, tuple) else out
@@ -100,10 +103,20 @@ class Tokens:
         self.tokenizer = tokenizer
         self.longest = min(longest, tokenizer.model_max_length)
         self._encoded = lru_cache(BATCHES_KEPT)(self._encode)
+        self._given: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, texts: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         """Ids and mask, (n, tokens) each, padded to the longest text."""
-        return self._encoded(texts)
+        return self._given or self._encoded(texts)
+
+    @contextlib.contextmanager
+    def reading(self, ids: Tensor, mask: Tensor) -> Iterator[None]:
+        """Meanwhile these ids and this mask stand for whatever texts there are: what a graph has for an input."""
+        before, self._given = self._given, (ids, mask)
+        try:
+            yield
+        finally:
+            self._given = before
 
     def _encode(self, texts: tuple[str, ...]) -> tuple[Tensor, Tensor]:
         encoded = self.tokenizer(
@@ -133,6 +146,7 @@ class Text:
         if getattr(module, "pooler", None) is not None:
             module.pooler = None
         self.module = module
+        self.processor: Sequence[Any] = (tokenizer,)
         config = module.config
         self.dim: int = config.hidden_size
         distil = config.model_type == "distilbert"

@@ -49,6 +49,7 @@ class ViLT:
         if tuple(towers) != ("joint",):
             raise BackboneError(f"towers {list(towers)} were asked for; ViLT has 'joint' alone.")
         self.module = module
+        self.processor: Sequence[Any] = processor
         self.image_processor, tokenizer = processor
         config = module.config
         self.dim: int = config.hidden_size
@@ -95,20 +96,27 @@ class ViLT:
         """[CLS] and embedded patches, each image's own first, (n, 1 + most, d), and which of them are not padding."""
         parts = self.module.embeddings
         grid = parts.patch_embeddings((images[:, :3].float() / 255 - self._mean) / self._std)
-        shown = self._shown(images)
-        grid = grid + torch.stack([self._positions(cells) for cells in shown])
-        order, mask = _packing(shown)
-        patches = grid.flatten(2).transpose(1, 2).gather(1, order[..., None].expand(-1, -1, self.dim))
+        if images.shape[1] == 3:
+            patches = (grid + self._positions(*grid.shape[2:])).flatten(2).transpose(1, 2)
+            mask = torch.ones(patches.shape[:2], dtype=torch.bool)
+        else:
+            shown = self._shown(images)
+            grid = grid + torch.stack([self._positions_of(cells) for cells in shown])
+            order, mask = _packing(shown)
+            patches = grid.flatten(2).transpose(1, 2).gather(1, order[..., None].expand(-1, -1, self.dim))
         first = (parts.cls_token + parts.position_embeddings[:, :1]).expand(len(images), -1, -1)
         return torch.cat([first, patches], dim=1), F.pad(mask, (1, 0), value=True)
 
-    def _positions(self, shown: Tensor) -> Tensor:
-        """The square of position embeddings, stretched to the part of the grid that is shown, (d, rows, columns)."""
+    def _positions(self, rows: int, columns: int) -> Tensor:
+        """The square of position embeddings, stretched to a grid, (d, rows, columns)."""
         side = self.module.config.image_size // self.module.config.patch_size
         square = self.module.embeddings.position_embeddings[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+        return F.interpolate(square, (rows, columns), mode="bilinear", align_corners=True)[0]
+
+    def _positions_of(self, shown: Tensor) -> Tensor:
+        """The same for the part of a grid that is shown, zeros elsewhere."""
         rows, columns = int(shown[:, 0].sum()), int(shown[0].sum())
-        stretched = F.interpolate(square, (rows, columns), mode="bilinear", align_corners=True)
-        return F.pad(stretched[0], (0, shown.shape[1] - columns, 0, shown.shape[0] - rows))
+        return F.pad(self._positions(rows, columns), (0, shown.shape[1] - columns, 0, shown.shape[0] - rows))
 
     def _shown(self, images: Tensor) -> Tensor:
         """Which patches an image fills, (n, rows, columns)."""

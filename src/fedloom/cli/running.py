@@ -8,7 +8,7 @@ import typer
 
 from fedloom.cli.app import app
 from fedloom.cli.options import RecipeName, RunFolder, Settings, folded, loaded
-from fedloom.errors import RunError
+from fedloom.errors import ExportError, RunError
 
 
 @app.command(epilog="Example: fedloom run quickstart --set federation.rounds=5 --out runs/short")
@@ -50,14 +50,25 @@ def run(
 
 @app.command(epilog="Example: fedloom evaluate runs/quickstart --split held_out")
 def evaluate(
-    run: RunFolder,
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="The folder of a run.")] = None,
     site: Annotated[str | None, typer.Option("--site", metavar="NAME", help="One site only.")] = None,
     split: Annotated[str, typer.Option("--split", metavar="SPLIT", help="train, held_out or test.")] = "test",
     by: Annotated[
         str | None, typer.Option("--by", metavar="COLUMN", help="A row for each value of a column: scanner, sex.")
     ] = None,
+    exported: Annotated[
+        Path | None,
+        typer.Option("--exported", metavar="DIR", help="No run: does an export still answer as the federation did?"),
+    ] = None,
 ) -> None:
-    """Measure what each site of a run serves."""
+    """Measure what each site of a run serves; or check an export, which needs neither run nor data."""
+    if run is None:
+        if exported is None:
+            raise RunError("name the folder of a run, or an export with --exported DIR.")
+        _check_export(exported)
+        return
+    if exported is not None:
+        raise RunError(f"--exported checks an export by itself; leave out '{run}', or --exported.")
     if split not in ("train", "held_out", "test"):
         raise RunError(f"there is no split '{split}'; expected train, held_out or test.")
     from fedloom.progress import watching
@@ -67,6 +78,20 @@ def evaluate(
     with watching():
         found = Run(run).measure(split, site, by)
     print(measured_table(found, mean=by is None))
+
+
+def _check_export(folder: Path) -> None:
+    from fedloom.export import checked
+    from fedloom.progress import watching
+
+    with watching():
+        checks = list(checked(folder))
+    for check in checks:
+        print(check.told)
+    if bad := [check for check in checks if not check.equal]:
+        raise ExportError(
+            f"{len(bad)} of {len(checks)} forms in '{folder}' do not answer as they did; export the run again."
+        )
 
 
 @app.command(epilog="Example: fedloom predict runs/vqamed-organ --site other --image x.jpg --question 'which plane?'")

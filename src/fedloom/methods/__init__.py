@@ -90,7 +90,8 @@ class Method(Protocol):
         """Train at one site and send nothing: fine-tuning after the last round, a newcomer. 0 epochs change nothing."""
 
     def serve(self, site: Site, shared: Shared, private: Private) -> Predictor:
-        """The predictor that this site uses: a batch to logits. It works with an empty `private`."""
+        """The predictor that this site uses: a batch to logits. It works with an empty `private`. A `Served` or a
+        `Blend` (`fedloom.serving`) can be exported."""
 
 
 METHODS: Mapping[str, type[Method]] = {

@@ -31,6 +31,7 @@ from fedloom.adapters import LoRA
 from fedloom.backbones.adaptable import Adaptable, Batch
 from fedloom.distillation import divergence
 from fedloom.places import Adapter
+from fedloom.serving import Blend, Served
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
 from fedloom.tensors import Private, Shared, Tensors, at, mean, of_model, only, part, under, without
@@ -90,31 +91,36 @@ class Ensemble:
             return sharing.predictor(site, self.adapter, shared, private)
         head = {**site.task.init(site.model.dim, site.seed), **part("head", private)}
         own = under("local", private)
-        every = self._members(site, shared, own) or [self._own(site, shared, private)]
-        return lambda batch: logits_of(site.task, self._scores(site, every, head, batch))
+        every = self._members(site, shared, own) or {_key(site.name): self._own(site, shared, private)}
+        return self._blend(site, every, head)
 
     def _own(self, site: Site, shared: Shared, private: Private) -> Tensors:
         return under("local", private) or site.initial or under("local", shared)
 
-    def _members(self, site: Site, shared: Shared, own: Tensors) -> list[Tensors]:
+    def _members(self, site: Site, shared: Shared, own: Tensors) -> dict[str, Tensors]:
         """Everyone's adapter, the site's own in its newest form."""
         given = under("given", shared)
         members = {name: under(name, given) for name in sorted({name.partition("/")[0] for name in given})}
-        return list({**members, **({_key(site.name): own} if own else {})}.values())
+        return {**members, **({_key(site.name): own} if own else {})}
 
-    def _scores(self, site: Site, adapters: Iterable[Tensors], head: Tensors, batch: Batch) -> Tensor:
-        each = [site.task.scores(site.logits(self.adapter, {**own, **head}, batch)) for own in adapters]
-        return torch.stack(each).mean(0)
+    def _blend(self, site: Site, adapters: Mapping[str, Tensors], head: Tensors) -> Blend:
+        independent = separate(site.task)
+
+        def mean_score(logits: Mapping[str, Tensor]) -> Tensor:
+            return logits_of(torch.stack([site.task.scores(own) for own in logits.values()]).mean(0), independent)
+
+        parts = {name: Served(site, self.adapter, {**own, **head}) for name, own in adapters.items()}
+        return Blend(parts, mean_score, "the mean of the probabilities", alone="distil = true")
 
     def _distilled(
         self, round: int, site: Site, shared: Shared, own: Tensors, head: Tensors
     ) -> tuple[dict[str, Tensor], float]:
         """The shared adapter after an epoch of learning from the ensemble, under the site's head, which stays."""
-        every = self._members(site, shared, own)
+        ensemble = self._blend(site, self._members(site, shared, own), head)
 
         def loss(student: Tensors, batch: Batch) -> Tensor:
             with torch.no_grad():
-                teacher = logits_of(site.task, self._scores(site, every, head, batch))
+                teacher = ensemble(batch)
             answer = site.logits(self.adapter, {**student, **head}, batch)
             return divergence(answer, teacher, 1.0, independent=separate(site.task))
 
@@ -128,10 +134,10 @@ def _key(site: str) -> str:
     return quote(site, safe="")
 
 
-def logits_of(task: Task, scores: Tensor) -> Tensor:
-    """Logits that have these scores."""
+def logits_of(scores: Tensor, independent: bool) -> Tensor:
+    """Logits that have these scores, of labels that are judged one by one, or of which one is chosen."""
     scores = scores.clamp(LEAST, 1 - LEAST)
-    return scores.logit() if separate(task) else scores.log()
+    return scores.logit() if independent else scores.log()
 
 
 def separate(task: Task) -> bool:

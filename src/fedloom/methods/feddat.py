@@ -35,6 +35,7 @@ from fedloom import sharing
 from fedloom.adapters import Bottleneck, LoRA
 from fedloom.backbones.adaptable import Adaptable, Batch
 from fedloom.distillation import divergence
+from fedloom.serving import Served
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Detection, Task
 from fedloom.tensors import Private, Shared, Tensors, at, mean, only, part, under, without
@@ -86,7 +87,7 @@ class FedDAT:
     def serve(self, site: Site, shared: Shared, private: Private) -> Callable[[Batch], Tensor]:
         heads = {**site.task.init(site.model.dim, site.seed), **part("head", private)}
         tensors = self._dual({**self._own(site, shared, private), **heads}, shared)
-        return lambda batch: site.logits(self.adapter, tensors, batch)
+        return Served(site, self.adapter, tensors)
 
     def _own(self, site: Site, shared: Shared, private: Private) -> Tensors:
         return under("local", private) or site.initial or shared

@@ -44,7 +44,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import torch
@@ -57,6 +56,7 @@ from fedloom.backbones.adaptable import Adaptable, Batch, Features
 from fedloom.distillation import Lesson
 from fedloom.errors import MethodError
 from fedloom.pruning import Pruning, ranks
+from fedloom.serving import Blend, Served
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
 from fedloom.tensors import Private, Shared, Tensors, at, by_place, part, under, without
@@ -264,13 +264,18 @@ class FedDLP:
             mine = lowrank.products(without("head", own))
             joined = {place: lowrank.joined([(mine[place], 1.0), (theirs[place], 1.0)]) for place in theirs}
             together = {**lowrank.adapter(joined), **part("head", own)}
-            return lambda batch: site.logits(self.local, together, batch)
+            return Served(site, self.local, together)
         weight = {"local": 1.0, "global": 0.0}.get(self.predict_with, blend)
         ours = {**without("local", shared), **part("head", own)}
-        local, given = partial(site.logits, self.local, own), partial(site.logits, self.shared, ours)
+        local, given = Served(site, self.local, own), Served(site, self.shared, ours)
         if weight in (0.0, 1.0):
             return local if weight else given
-        return lambda batch: torch.lerp(given(batch), local(batch), weight)
+        return Blend(
+            {"local": local, "global": given},
+            lambda logits: torch.lerp(logits["global"], logits["local"], weight),
+            f"the mean of the logits, {weight:.6g} of those of 'local' and the rest of 'global'",
+            alone="predict_with = 'local'",
+        )
 
     def _kept(self, site: Site, shared: Shared, mine: State) -> dict[str, Tensor]:
         own = {**at("local", without("head", mine.tensors)), **part("head", mine.tensors)}

@@ -42,6 +42,7 @@ from fedloom.backbones.adaptable import Adaptable, Batch
 from fedloom.errors import MethodError
 from fedloom.integration import Fold, combined, distances, exponents, norm, per_tensor, sizes
 from fedloom.permuting import Permuting
+from fedloom.serving import Served
 from fedloom.site import Answer, Site, Update
 from fedloom.statistics import means
 from fedloom.tasks import Task
@@ -179,7 +180,7 @@ class FedPIA:
             adapter, _, _ = self._integrated(site, shared, private, self.beta[-1])
         fresh = site.task.init(site.model.dim, site.seed)
         tensors = {**fresh, **part("head", private), **adapter}
-        return lambda batch: site.logits(self.adapter, tensors, batch)
+        return Served(site, self.adapter, tensors)
 
     def _own(self, site: Site, private: Tensors) -> dict[str, Tensor]:
         """The adapter that the site trained, or brought; empty where it has none."""

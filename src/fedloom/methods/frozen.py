@@ -13,6 +13,7 @@ from torch import Tensor
 from fedloom.adapters import Head
 from fedloom.backbones.adaptable import Adaptable, Batch
 from fedloom.places import Adapter
+from fedloom.serving import Served
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
 from fedloom.tensors import Private, Shared
@@ -42,4 +43,4 @@ class Frozen:
 
     def serve(self, site: Site, shared: Shared, private: Private) -> Callable[[Batch], Tensor]:
         tensors = {**site.task.init(site.model.dim, site.seed), **private}
-        return lambda batch: site.logits(self.adapter, tensors, batch)
+        return Served(site, self.adapter, tensors)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedloom.adapters import LoRA
 from fedloom.backbones.adaptable import Adaptable, Batch
 from fedloom.places import Adapter
+from fedloom.serving import Served
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
 from fedloom.tensors import Private, Shared, at, part, under, without
@@ -41,7 +42,7 @@ class Local:
 
     def serve(self, site: Site, shared: Shared, private: Private) -> Callable[[Batch], Tensor]:
         tensors = {**site.task.init(site.model.dim, site.seed), **without("local", private), **under("local", private)}
-        return lambda batch: site.logits(self.adapter, tensors, batch)
+        return Served(site, self.adapter, tensors)
 
     def _fit(self, site: Site, private: Private, round: int | str, epochs: int | None) -> tuple[Private, float]:
         adapter = under("local", private) or site.initial or site.model.init(self.adapter, site.seed)
