@@ -11,7 +11,7 @@ import torch
 from fedloom import backbones, partition
 from fedloom.adapters import Bottleneck, Head, LoRA
 from fedloom.backbones import Attention
-from fedloom.backbones.adaptable import Adaptable
+from fedloom.backbones.adaptable import Adaptable, has_bf16
 from fedloom.data import Dataset, Example, Pixels, Table, read
 from fedloom.engines.local import LocalEngine, Participant
 from fedloom.errors import DataError, RecipeError, StoreError
@@ -58,13 +58,15 @@ class Federation:
             method,
             {name: replace(p, store=Store(site_folder(folder, name), keep)) for name, p in self.participants.items()},
             self.recipe.wire,
+            self.recipe.federation.group,
         )
 
 
 def planned(recipe: Recipe) -> Recipe:
     """The recipe with its numerical plan: what `auto` stands for here. Same plan, same bits."""
     asked = recipe.backbone
-    dtype = DTYPE if asked.dtype == "auto" else asked.dtype
+    fastest = "bfloat16" if has_bf16() else "float32"
+    dtype = {"auto": DTYPE, "fastest": fastest}.get(asked.dtype, asked.dtype)
     attention = ATTENTION[dtype] if asked.attention == "auto" else asked.attention
     return recipe.altered({"backbone.dtype": dtype, "backbone.attention": attention})
 

@@ -23,12 +23,14 @@ def machine() -> Iterator[str]:
     """Versions, units, memory, disk and extras, a line each."""
     import torch
 
+    from fedloom.backbones.adaptable import has_bf16
+
     yield f"fedloom {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield "  ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "safetensors", "datasets"))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield f"{os.cpu_count()} cores, {memory / 2**30:.0f} GiB memory, GPU: {', '.join(gpus) or 'none'}"
-    yield f"bf16 units: {'yes' if _has_bf16() else 'no'}; free disk here: {shutil.disk_usage('.').free / 2**30:.0f} GiB"
+    yield f"bf16 units: {'yes' if has_bf16() else 'no'}; free disk here: {shutil.disk_usage('.').free / 2**30:.0f} GiB"
     for extra, package in EXTRAS.items():
         try:
             yield f"extra {extra}: {package} {version(package)}"
@@ -64,9 +66,3 @@ def _located(dataset: Dataset) -> list[Example]:
     """Its examples, each with the whole path of its image: two groups of sites may have two sources."""
     root = dataset.pixels.root if dataset.pixels else Path()
     return [replace(row, image=str(root / row.image) if row.image else None) for row in dataset.examples]
-
-
-def _has_bf16() -> bool:
-    cpu = Path("/proc/cpuinfo")
-    flags = cpu.read_text() if cpu.is_file() else ""
-    return "amx_bf16" in flags or "avx512_bf16" in flags
