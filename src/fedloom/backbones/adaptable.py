@@ -89,21 +89,16 @@ class Junction(nn.Module):
 
 
 class Adaptable:
-    """A network whose layers take an adapter from outside. Holds no state between calls.
+    """A network whose layers take an adapter from outside. Holds no state between calls."""
 
-    kernels: an adapter's arithmetic, its own or that of `fedloom.fused`; None: fused where frozen weights are bfloat16,
-        in which it takes a third of the time; in float32 there is little to gain, and the formula gives the bits
-    """
-
-    def __init__(self, network: Network, checkpointing: bool = False, kernels: Kernels | None = None):
+    def __init__(self, network: Network, checkpointing: bool = False):
         network.module.requires_grad_(False).eval()
         self.network = network
         self.dim = network.dim
         self.places: tuple[Place, ...] = tuple(network.places)
         self.dtype = next(network.module.parameters()).dtype
         self._names = frozenset(place.name for place in self.places)
-        fused = self.dtype == torch.bfloat16 if kernels is None else kernels == "fused"
-        self._kernels: Mapping[type, Fused] = FUSED if fused else {Parted: FUSED[Parted]}  # which is no one's bits
+        self.use("plain")
         self._use: Use | None = None
         self._insert: Insert | None = None
         for place, module in network.places.items():
@@ -116,6 +111,10 @@ class Adaptable:
         self._replaceable = frozenset(self._parameters(Everything()))
         if checkpointing:
             self._checkpoint()
+
+    def use(self, kernels: Kernels) -> None:
+        """Whether an adapter runs as its own formula or, where there is one, as a function of `fedloom.fused`."""
+        self._kernels: Mapping[type, Fused] = FUSED if kernels == "fused" else {Parted: FUSED[Parted]}
 
     def init(self, adapter: Adapter, *seed: object) -> dict[str, Tensor]:
         """Fresh tensors: at each place a function of (seed, place) alone; of a replaced adapter, the model's own."""

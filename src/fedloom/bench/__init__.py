@@ -74,8 +74,9 @@ def bench(options: Options, watch: Watch) -> Measured:
             try:
                 lines.extend(WORKLOADS[name](size, options.repeats))
             except ModuleNotFoundError as e:
-                if e.name not in PEERS:
+                peer = str(e.name).partition(".")[0]
+                if peer not in PEERS:
                     raise
-                left_out.append(f"{name} needs {PEERS[e.name]}, which is not installed: pip install 'fedloom[bench]'.")
+                left_out.append(f"{name} needs {PEERS[peer]}, which is not installed: pip install 'fedloom[bench]'.")
                 break
     return Measured(tuple(lines), tuple(left_out), options.command, lineage())

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fedloom import backbones
-from fedloom.assembly import ATTENTION
+from fedloom.assembly import ATTENTION, KERNELS
 from fedloom.backbones import Adaptable, Attention, Batch
+from fedloom.backbones.adaptable import Kernels
 from fedloom.backbones.clip import CLIP
 from fedloom.backbones.vilt import ViLT
 from fedloom.tensors import generator
@@ -44,7 +45,9 @@ def clip(size: Size, dtype: str = "float32") -> Adaptable:
 
     tokenizer = AutoTokenizer.from_pretrained(backbones.locate("clip-small"))
     module = clip_module(size, cast(Attention, ATTENTION[dtype])).to(getattr(torch, dtype))
-    return Adaptable(CLIP(module, (CLIPImageProcessorPil(), tokenizer)))
+    model = Adaptable(CLIP(module, (CLIPImageProcessorPil(), tokenizer)))
+    model.use(cast(Kernels, KERNELS[dtype]))
+    return model
 
 
 def vilt_module(size: Size) -> Any:
@@ -59,7 +62,9 @@ def vilt(size: Size, dtype: str = "float32") -> Adaptable:
     from transformers import AutoTokenizer, ViltImageProcessorPil
 
     tokenizer = AutoTokenizer.from_pretrained(backbones.locate("vilt-small"))
-    return Adaptable(ViLT(vilt_module(size).to(getattr(torch, dtype)), (ViltImageProcessorPil(), tokenizer)))
+    model = Adaptable(ViLT(vilt_module(size).to(getattr(torch, dtype)), (ViltImageProcessorPil(), tokenizer)))
+    model.use(cast(Kernels, KERNELS[dtype]))
+    return model
 
 
 def batch(n: int, side: int = SIDE, candidates: Sequence[str] | None = None, texts: bool = False) -> Batch:
