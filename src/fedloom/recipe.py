@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 BUILT_IN = Path(__file__).resolve().parent / "assets" / "recipes"
 TUNE = "tune"  # of [compare]: no row, but the values that `--tune` tries for each
 UNCOUNTED = {("federation", "engine"), ("federation", "keep"), ("compare",)}  # they change no result
-LATER = {  # keys that came later, and the values by which results are what they were before
+LATER: Mapping[
+    tuple[str, ...], tuple[Any, ...]
+] = {  # keys that came later, and the values by which results are what they were before
     ("backbone", "kernels"): ("auto", "plain"),
     ("federation", "group"): (1,),
 }

@@ -102,7 +102,7 @@ def folded(shared: Tensors, sites: int) -> int:
     return peak()
 
 
-def reduced(updates: list[dict[str, Tensor]]) -> dict[str, np.ndarray[Any, Any]]:
+def reduced(updates: list[dict[str, Tensor]]) -> dict[str, Any]:
     """The mean as federated learning libraries write it: all updates at once, a list for each tensor."""
     arrays = [{name: tensor.numpy() for name, tensor in update.items()} for update in updates]
     total = float(len(arrays))

@@ -1,6 +1,6 @@
 """The models that a benchmark runs: shapes of published ones, weights drawn at random, no file but a tokenizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -20,7 +20,7 @@ NAMES = {"small": "CLIP of 4 layers, 256", "base": "CLIP ViT-B/32"}
 VILT_NAMES = {"small": "ViLT of 4 layers, 256", "base": "ViLT-B/32"}
 SIDE = 224  # pixels of a CLIP's image
 VILT_SIDE = 384
-SMALL: Mapping[str, Any] = {
+SMALL: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 1024,
     "num_hidden_layers": 4,
