@@ -132,7 +132,7 @@ def round_of(
     participants = {s.name: Participant(s, Store(folder / f"{group}" / s.name), Dataset(())) for s in sites}
     shared = method.start(sites[0].model, sites[0].task, len(sites), 0)
     replies = {
-        reply.site: reply for reply in LocalEngine(method, participants, group).round(0, shared, [*participants])
+        reply.site: reply for reply in LocalEngine(method, participants, group=group).round(0, shared, [*participants])
     }
     assert list(replies) == list(participants)  # in roster order
     return dict(replies), {name: own.store.before(1)[1] for name, own in participants.items()}

@@ -11,7 +11,7 @@ import torch
 from fedloom import backbones, partition
 from fedloom.adapters import Bottleneck, Head, LoRA
 from fedloom.backbones import Attention
-from fedloom.backbones.adaptable import Adaptable, Kernels, has_bf16
+from fedloom.backbones.adaptable import Adaptable, has_bf16
 from fedloom.data import Dataset, Example, Pixels, Table, read
 from fedloom.engines.local import LocalEngine, Participant
 from fedloom.errors import DataError, RecipeError, StoreError
@@ -85,7 +85,7 @@ def assemble(recipe: Recipe, tested: bool = True) -> Federation:
     named = recipe.backbone  # after the data: what is missing is said before a backbone is fetched
     attention = cast(Attention, named.attention)
     model = backbones.load(named.name, named.towers, getattr(torch, named.dtype), attention, named.checkpointing)
-    model.use(cast(Kernels, named.kernels))
+    model.use("fused" if named.kernels == "fused" else "plain")  # which a run of before there was a choice is
     participants: dict[str, Participant] = {}
     newcomers: dict[str, Participant] = {}
     skipped: list[str] = []

@@ -66,5 +66,5 @@ def _round(made: Adaptable, n: int, group: int, folder: Path) -> Step:
         site = Site(f"{i}", made, task, data, Dataset(()), Training(batch=n, epochs=EPOCHS), 0)
         sites[site.name] = Participant(site, Store(folder / f"{group}-{i}"), Dataset(()))
     method = FedAvg(LoRA())
-    engine, shared = LocalEngine(method, sites, group), method.start(made, task, SITES, 0)
+    engine, shared = LocalEngine(method, sites, group=group), method.start(made, task, SITES, 0)
     return lambda: list(engine.round(0, shared, list(sites)))
