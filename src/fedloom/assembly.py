@@ -11,7 +11,7 @@ import torch
 from fedloom import backbones, partition
 from fedloom.adapters import Bottleneck, Head, LoRA
 from fedloom.backbones import Attention
-from fedloom.backbones.adaptable import Adaptable
+from fedloom.backbones.adaptable import Adaptable, has_bf16
 from fedloom.data import Dataset, Example, Pixels, Table, read
 from fedloom.engines.local import LocalEngine, Participant
 from fedloom.errors import AdapterError, DataError, RecipeError, StoreError
@@ -31,6 +31,7 @@ from fedloom.tensors import Tensors, from_bytes
 THREADS = 1  # of numerical work: with more, results depend on the machine, and two runs on one machine fight for it
 DTYPE = "float32"  # what `auto` stands for
 ATTENTION = {"float32": "sdpa", "bfloat16": "eager"}  # by dtype: the backward pass of sdpa is slow in bfloat16 on a CPU
+KERNELS = {"float32": "plain", "bfloat16": "fused"}  # by dtype: in float32 there is hardly anything to gain
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,19 @@ class Federation:
             method,
             {name: replace(p, store=Store(site_folder(folder, name), keep)) for name, p in self.participants.items()},
             self.recipe.wire,
+            self.recipe.federation.group,
         )
 
 
 def planned(recipe: Recipe) -> Recipe:
     """The recipe with its numerical plan: what `auto` stands for here. Same plan, same bits."""
     asked = recipe.backbone
-    dtype = DTYPE if asked.dtype == "auto" else asked.dtype
+    fastest = "bfloat16" if has_bf16() else "float32"
+    dtype = {"auto": DTYPE, "fastest": fastest}.get(asked.dtype, asked.dtype)
     attention = ATTENTION[dtype] if asked.attention == "auto" else asked.attention
-    return recipe.altered({"backbone.dtype": dtype, "backbone.attention": attention})
+    kernels = KERNELS[dtype] if asked.kernels == "auto" else asked.kernels
+    plan = {"dtype": dtype, "attention": attention, "kernels": kernels}
+    return recipe.altered({f"backbone.{key}": value for key, value in plan.items()})
 
 
 def assemble(recipe: Recipe, tested: bool = True) -> Federation:
@@ -81,6 +86,7 @@ def assemble(recipe: Recipe, tested: bool = True) -> Federation:
     named = recipe.backbone  # after the data: what is missing is said before a backbone is fetched
     attention = cast(Attention, named.attention)
     model = backbones.load(named.name, named.towers, getattr(torch, named.dtype), attention, named.checkpointing)
+    model.use("fused" if named.kernels == "fused" else "plain")  # which a run of before there was a choice is
     participants: dict[str, Participant] = {}
     newcomers: dict[str, Participant] = {}
     skipped: list[str] = []

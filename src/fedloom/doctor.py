@@ -19,6 +19,7 @@ from fedloom.partition import shared_images
 from fedloom.recipe import Recipe
 
 EXTRAS = {  # what each brings
+    "bench": ("flwr", "psutil"),
     "dicom": ("pydicom",),
     "onnx": ("onnxruntime",),
     "peft": ("peft",),
@@ -31,10 +32,12 @@ def machine() -> Iterator[str]:
     """Versions, devices, disk and extras, a line each."""
     import torch
 
+    from fedloom.backbones.adaptable import has_bf16
+
     yield f"fedloom {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield "  ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "safetensors", "datasets"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield f"device: CPU, {os.cpu_count()} cores, bf16 units: {_yes(_has_bf16())}; {memory / 2**30:.0f} GiB memory"
+    yield f"device: CPU, {os.cpu_count()} cores, bf16 units: {_yes(has_bf16())}; {memory / 2**30:.0f} GiB memory"
     for i in range(torch.cuda.device_count()):
         units, room = torch.cuda.is_bf16_supported(), torch.cuda.get_device_properties(i).total_memory
         yield f"device: {torch.cuda.get_device_name(i)}, bf16 units: {_yes(units)}; {room / 2**30:.0f} GiB memory"
@@ -108,9 +111,3 @@ def _version(package: str) -> str | None:
 
 def _yes(there: bool) -> str:
     return "yes" if there else "no"
-
-
-def _has_bf16() -> bool:
-    cpu = Path("/proc/cpuinfo")
-    flags = cpu.read_text() if cpu.is_file() else ""
-    return "amx_bf16" in flags or "avx512_bf16" in flags

@@ -180,8 +180,9 @@ def admit(answer: Answer, shared: Shared, method: Method) -> None:
                 f"site '{answer.site}' sent '{name}' as {tuple(tensor.shape)} {tensor.dtype}, expected "
                 f"{tuple(shape)} {expected[name].dtype}: its backbone or its adapter is another one."
             )
-        if not bool(torch.isfinite(tensor).all()):
-            raise UpdateError(f"site '{answer.site}' sent '{name}' with values that are not finite.")
+    if tensors and not _finite(torch.cat([tensor.flatten() for tensor in tensors.values()])):
+        name = next(name for name, tensor in tensors.items() if not _finite(tensor))
+        raise UpdateError(f"site '{answer.site}' sent '{name}' with values that are not finite.")
     if not (math.isfinite(answer.update.weight) and answer.update.weight >= 0):
         raise UpdateError(f"site '{answer.site}' sent the weight {answer.update.weight}, expected a finite one >= 0.")
 
@@ -201,6 +202,11 @@ def longest(shared: Shared, method: Method) -> int:
         sizes = [layer[place] if axes.get(i) == "hidden" else size for i, size in enumerate(tensor.shape)]
         total += HEADER + len(name) + math.prod(sizes) * tensor.itemsize
     return total
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are: the least and the greatest are, and neither is where one is nan."""
+    return not tensor.numel() or all(bool(end.isfinite()) for end in torch.aminmax(tensor))
 
 
 def expected_shape(

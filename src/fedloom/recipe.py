@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 BUILT_IN = Path(__file__).resolve().parent / "assets" / "recipes"
 TUNE = "tune"  # of [compare]: no row, but the values that `--tune` tries for each
 UNCOUNTED = {("federation", key) for key in ("engine", "keep", "track")} | {("compare",)}  # they change no result
+# Keys that came later, and the values by which results are what they were before.
+LATER: Mapping[tuple[str, ...], tuple[Any, ...]] = {
+    ("backbone", "kernels"): ("auto", "plain"),
+    ("federation", "group"): (1,),
+}
 PATHS = {
     ("data", "source"),
     ("groups", "source"),
@@ -157,7 +162,9 @@ class Recipe:
         # A wire that does nothing is not counted, so that what was run before there were wires keeps its id.
         uncounted = UNCOUNTED if self.wire != Wire() else UNCOUNTED | {("wire",)}
         counted = {
-            dotted(names): leaf for names, leaf in leaves(self.table()) if not uncounted & {names[:1], names[:2]}
+            dotted(names): leaf
+            for names, leaf in leaves(self.table())
+            if not uncounted & {names[:1], names[:2]} and leaf not in LATER.get(names[:2], ())
         }
         return {key: json.dumps(leaf, ensure_ascii=False, default=str) for key, leaf in counted.items()}
 

@@ -26,6 +26,7 @@ class Federation:
     engine: Literal["local"] = "local"  # every site in this process
     participation: Annotated[float, Gt(0), Le(1)] = 1.0  # the fraction of the sites that is asked each round
     quorum: Annotated[float, Gt(0), Le(1)] = 1.0  # the fraction of the asked sites that must answer
+    group: Positive = 1  # sites that train in one pass; with more, results differ by rounding
     evaluate_every: Count = 1  # rounds between evaluations on the held-out examples; 0: never
     keep: Positive = 3  # checkpoints of the server
     track: tuple[Literal["mlflow", "tensorboard", "trackio", "wandb"], ...] = ()  # boards that are told of every round
@@ -107,8 +108,10 @@ class Backbone:
 
     name: str  # one that comes with fedloom, a folder, or a name on the Hugging Face hub
     towers: tuple[str, ...] | None = None  # those that take an adapter; "none": the family's own, of a CLIP vision
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen weights
+    # of the frozen weights; fastest: bfloat16 where this machine multiplies it in hardware
+    dtype: Literal["auto", "fastest", "float32", "bfloat16"] = "auto"
     attention: Literal["auto", "eager", "sdpa"] = "auto"
+    kernels: Literal["auto", "plain", "fused"] = "auto"  # an adapter's formula, or the functions of fedloom.fused
     checkpointing: bool = False  # less memory, more time
     cache: bool = False  # keep what the blocks below the first adapter make of each example
 

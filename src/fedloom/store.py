@@ -37,7 +37,12 @@ class Store:
         return -1, {}
 
     def after(self, round: int, tensors: Tensors) -> None:
-        """Keep the state that a round left. Later rounds, of a run that was set back, are dropped."""
+        """Keep the state that a round left. Later rounds, of a run that was set back, are dropped.
+
+        Nothing is written for a site that keeps nothing and never has: no state is what `before` finds there.
+        """
+        if not tensors and not any(self.folder.glob("[0-9]*.safetensors")):
+            return
         path = self._write(f"{round:06d}", tensors)
         others = [old for old in sorted(self.folder.glob("[0-9]*.safetensors")) if old != path]
         below = [old for old in others if int(old.name.partition("-")[0]) < round]

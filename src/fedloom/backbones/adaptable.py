@@ -8,7 +8,7 @@ hooks, replaced ones by `torch.func.functional_call`. One backbone in memory ser
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from fedloom.adapters import Everything, Head
 from fedloom.errors import AdapterError
+from fedloom.fused import FUSED, Fused
+from fedloom.parted import Parted
 from fedloom.places import Adapter, Added, Inserted, Place, Replaced, Scaled
 from fedloom.tensors import RESERVED, Tensors, by_place, generator, padded
 
@@ -41,6 +43,11 @@ class Features:
 
     pooled: Tensor  # (n, dim), for a head
     scores: Tensor | None = None  # (n, candidates) logits, where the batch has candidates
+
+
+def has_bf16() -> bool:
+    """Whether this machine multiplies bfloat16 in hardware."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 class Network(Protocol):
@@ -69,7 +76,9 @@ class Network(Protocol):
         """What the embeddings and the first `blocks` frozen blocks make of the batch, (n, ...) each."""
 
 
+Kernels = Literal["plain", "fused"]
 Use = Callable[[Place, Tensor, Tensor], Tensor]  # (place, input, output) -> output
+Call = tuple[Batch, Adapter, Tensors]
 Insert = Callable[[Place], Tensor | None]  # place -> positions, (n, dim)
 
 
@@ -90,6 +99,7 @@ class Adaptable:
         self.places: tuple[Place, ...] = tuple(network.places)
         self.dtype = next(network.module.parameters()).dtype
         self._names = frozenset(place.name for place in self.places)
+        self.use("plain")
         self._use: Use | None = None
         self._insert: Insert | None = None
         for place, module in network.places.items():
@@ -106,6 +116,10 @@ class Adaptable:
         self._replaceable = frozenset(self._parameters(Everything()))
         if checkpointing:
             self._checkpoint()
+
+    def use(self, kernels: Kernels) -> None:
+        """Whether an adapter runs as its own formula or, where there is one, as a function of `fedloom.fused`."""
+        self._kernels: Mapping[type, Fused] = FUSED if kernels == "fused" else {Parted: FUSED[Parted]}
 
     def init(self, adapter: Adapter, *seed: object) -> dict[str, Tensor]:
         """Fresh tensors: at each place a function of (seed, place) alone; of a replaced adapter, the model's own."""
@@ -136,6 +150,8 @@ class Adaptable:
                 return out
             if isinstance(put, Scaled):
                 return out * put.factor(out.float(), leaves).to(out.dtype)
+            if (fused := self._kernels.get(type(put))) is not None:
+                return fused(put, h, out, leaves)
             return out + put(h.float(), leaves).to(out.dtype)  # type: ignore[operator]  # it is `Added`
 
         def insert(place: Place) -> Tensor | None:
@@ -144,6 +160,29 @@ class Adaptable:
 
         with self._using(None, insert) if isinstance(put, Inserted) else self._using(use):
             return self.network.features(batch, {place.tower for place in self.places if place.name in own})
+
+    def together(self, asked: Sequence[Call]) -> list[Features]:
+        """What each of these calls gives, in one pass over all their rows where they can share one.
+
+        They can where batches are of one form, and adapters are added at the same places of the trunk. It differs from
+        one after the other by rounding.
+        """
+        batches, adapters, tensors = zip(*asked, strict=True)
+        own = [self._own(one) for one in tensors]
+        alike = all(places.keys() == own[0].keys() for places in own) and len({_form(batch) for batch in batches}) == 1
+        trunk = all(place.tower == self.network.trunk for place in self.places if place.name in own[0])
+        if not (alike and trunk and all(isinstance(adapter, Added) for adapter in adapters)):
+            return [self(*one) for one in asked]
+        parts = {
+            f"{place}/{i}/{leaf}": tensor
+            for i, places in enumerate(own)
+            for place, leaves in places.items()
+            for leaf, tensor in leaves.items()
+        }
+        whole = self(_joined(batches), Parted(adapters), parts)
+        n = len(batches[0])
+        scores = [None] * len(asked) if whole.scores is None else torch.split(whole.scores, n)
+        return [Features(*pair) for pair in zip(torch.split(whole.pooled, n), scores, strict=True)]
 
     def inputs(self, batch: Batch, adapter: Added, tensors: Tensors) -> Iterator[tuple[Place, Tensor, Tensor]]:
         """What the adapter reads at each place, (m, positions, in_dim), and which positions are not padding."""
@@ -260,6 +299,25 @@ class Adaptable:
         for module in self.network.module.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.training = True  # which is when Hugging Face checkpoints; its layers stay in eval mode
+
+
+def _form(batch: Batch) -> tuple[object, ...]:
+    """What must be equal in batches that become one."""
+    images = None if batch.images is None else batch.images.shape
+    prefix = tuple((name, tensor.shape) for name, tensor in batch.prefix.items())
+    return len(batch), images, batch.texts is None, batch.candidates, prefix
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    """Batches of one form, one after the other; their targets, which no backbone reads, are left out."""
+    first = batches[0]
+    return Batch(
+        torch.zeros(sum(map(len, batches))),
+        None if first.images is None else torch.cat([cast(Tensor, batch.images) for batch in batches]),
+        None if first.texts is None else tuple(text for batch in batches for text in batch.texts or ()),
+        first.candidates,
+        {name: torch.cat([batch.prefix[name] for batch in batches]) for name in first.prefix},
+    )
 
 
 def _seen(mask: Any, n: int) -> Any:

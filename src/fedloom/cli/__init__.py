@@ -4,10 +4,10 @@ from fedloom.cli import running
 
 # isort: split
 # Commands stand in --help as their files stand here.
-from fedloom.cli import comparing, exporting
+from fedloom.cli import benching, comparing, exporting
 
 # isort: split
 from fedloom.cli import starting
 from fedloom.cli.app import app, main
 
-__all__ = ["app", "comparing", "exporting", "main", "running", "starting"]
+__all__ = ["app", "benching", "comparing", "exporting", "main", "running", "starting"]

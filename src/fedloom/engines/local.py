@@ -1,10 +1,13 @@
-"""Every site in this process, one after the other, on one backbone."""
+"""Every site in this process, one after the other or in groups, on one backbone."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from fedloom.data import Dataset
+from fedloom.engines.grouped import in_one_pass
 from fedloom.errors import FedloomError
 from fedloom.federation import End, longest, own_state, site_evaluate, site_round, visible
 from fedloom.methods import Method
@@ -39,20 +42,34 @@ class LocalEngine:
     method: Method
     participants: Mapping[str, Participant]
     wire: Wire = field(default_factory=Wire)
+    group: int = 1  # sites that train in one pass; with more than one the bits are other ones
 
     def round(self, round: int, shared: Shared, sites: Sequence[str]) -> Iterator[Reply]:
         given, most = visible(shared), longest(shared, self.method)
         down = self.wire.give(given)
-        for name in sites:
-            began = time.perf_counter()
-            own = self.participants[name]
+
+        def reply(name: str, model: Any = None) -> Reply:
+            began, own = time.perf_counter(), self.participants[name]
+            site = own.site if model is None else replace(own.site, model=model)
             try:
-                update, up = site_round(self.method, own.site, End(own.store, self.wire), round, down)
+                update, up = site_round(self.method, site, End(own.store, self.wire), round, down)
                 sent = replace(update, tensors=self.wire.receive(name, up, given, most))
             except FedloomError as e:
-                yield Silence(name, str(e))
-                continue
-            yield Answer(name, sent, len(up), len(down), time.perf_counter() - began)
+                return Silence(name, str(e))
+            return Answer(name, sent, len(up), len(down), time.perf_counter() - began)
+
+        for first in range(0, len(sites), self.group):
+            yield from self._replies(reply, sites[first : first + self.group])
+
+    def _replies(self, reply: Callable[..., Reply], sites: Sequence[str]) -> Iterator[Reply]:
+        if len(sites) == 1:
+            yield reply(sites[0])
+            return
+        made = in_one_pass(self.participants[sites[0]].site.model, {name: partial(reply, name) for name in sites})
+        for name in sites:
+            if isinstance(one := made[name], BaseException):
+                raise one
+            yield one
 
     def evaluate(self, round: int, shared: Shared, split: str, sites: Sequence[str]) -> Iterator[Reply]:
         for name in sites:

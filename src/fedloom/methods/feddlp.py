@@ -13,7 +13,8 @@ For each batch, in this order (`schedule = "alternating"`):
 
 Z_g does not move in step 1, so that one forward can give it as teacher and as student (`reuse`): three forwards a batch
 in place of four, with the same bits, but both branches' activations in memory at once (ViT-B/32, batches of 16: 1.5
-times the memory of FedAvg-LoRA, in place of 1.04). `"joint"` takes both gradients at one point, from two forwards.
+times the memory of FedAvg-LoRA, in place of 1.04). `"joint"` takes both gradients at one point, from one pass over both
+branches' rows.
 
 The site sends its global adapter; the server takes the mean of A and that of B, weighted by examples. Ranks whose gate
 is zero leave the local adapter at the round's end (`fedloom.pruning`). The moments of both adapters stay at the site
@@ -60,7 +61,7 @@ from fedloom.serving import Blend, Served
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
 from fedloom.tensors import Private, Shared, Tensors, at, by_place, part, under, without
-from fedloom.training import Count, State, descend, gradient, head, leaves, placed
+from fedloom.training import Count, State, Training, descend, gradient, head, leaves, placed
 
 log = logging.getLogger(__name__)
 
@@ -182,26 +183,41 @@ class FedDLP:
         self, round: int, site: Site, batch: Batch, mine: State, ours: State
     ) -> tuple[State, State, tuple[float, float]]:
         """Both steps of a batch: both states, and their losses before them."""
-        free, alternating = leaves(ours.tensors), self.schedule == "alternating"
-        branch = None
-        if self.reuse or not alternating or self._risen(self.gamma, round):
-            with torch.set_grad_enabled(self.reuse or not alternating):
+        if self.schedule == "joint":
+            return self._at_once(round, site, batch, mine, ours)
+        free, branch = leaves(ours.tensors), None
+        if self.reuse or self._risen(self.gamma, round):
+            with torch.set_grad_enabled(self.reuse):
                 branch = site.model(batch, self.shared, free)
-        seen = mine
         mine, value, teacher = self._step(round, site, batch, mine, branch)
         gamma = self._risen(self.gamma_shared, round)
-        if alternating:
-            seen = mine
-            if gamma:
-                with torch.no_grad():
-                    features = site.model(batch, self.local, mine.tensors)
-                teacher = self.lesson.logits(site.task, features, mine.tensors, batch)
-        if branch is None or (alternating and not self.reuse):
+        if gamma:
+            with torch.no_grad():
+                features = site.model(batch, self.local, mine.tensors)
+            teacher = self.lesson.logits(site.task, features, mine.tensors, batch)
+        if branch is None or not self.reuse:
             branch = site.model(batch, self.shared, free)
-        student = self.lesson.logits(site.task, branch, part("head", seen.tensors), batch)
+        student = self.lesson.logits(site.task, branch, part("head", mine.tensors), batch)
         slope, value_shared = gradient(self.lesson.value(site.task, student, teacher, gamma, batch), free)
-        training = site.training if self.lr is None else replace(site.training, lr=self.lr)
-        return mine, descend(ours, slope, training), (value, value_shared)
+        return mine, descend(ours, slope, self._training(site)), (value, value_shared)
+
+    def _at_once(
+        self, round: int, site: Site, batch: Batch, mine: State, ours: State
+    ) -> tuple[State, State, tuple[float, float]]:
+        """Both steps from one point: both branches in one pass, each the other's teacher. Neither loss reaches the
+        other's adapter, so that the gradient of their sum is that of both."""
+        own, free = leaves(mine.tensors), leaves(ours.tensors)
+        local, branch = site.model.together([(batch, self.local, own), (batch, self.shared, free)])
+        Z_l = self.lesson.logits(site.task, local, own, batch)
+        Z_g = self.lesson.logits(site.task, branch, part("head", mine.tensors), batch)
+        loss = self.lesson.value(site.task, Z_l, Z_g, self._risen(self.gamma, round), batch)
+        if self.pruning is not None:
+            loss = loss + self.pruning.penalty(own)
+        loss_shared = self.lesson.value(site.task, Z_g, Z_l, self._risen(self.gamma_shared, round), batch)
+        slope, _ = gradient(loss + loss_shared, {**at("local", own), **at("shared", free)})
+        mine = self._descending(round)(mine, under("local", slope), site.training)
+        ours = descend(ours, under("shared", slope), self._training(site))
+        return mine, ours, (float(loss.detach()), float(loss_shared.detach()))
 
     def _step(
         self, round: int | str, site: Site, batch: Batch, mine: State, branch: Features | None
@@ -217,8 +233,13 @@ class FedDLP:
         if self.pruning is not None:
             loss = loss + self.pruning.penalty(free)
         slope, value = gradient(loss, free)
-        step = descend if self.pruning is None else self.pruning.descending(round)
-        return step(mine, slope, site.training), value, student.detach()
+        return self._descending(round)(mine, slope, site.training), value, student.detach()
+
+    def _descending(self, round: int | str) -> Callable[[State, Tensors, Training], State]:
+        return descend if self.pruning is None else self.pruning.descending(round)
+
+    def _training(self, site: Site) -> Training:
+        return site.training if self.lr is None else replace(site.training, lr=self.lr)
 
     def personalise(self, site: Site, shared: Shared, private: Private, epochs: int) -> Private:
         """Step 1 alone, the global adapter a fixed teacher."""

@@ -1,0 +1,41 @@
+"""Publish benchmarks: their figures as JSON, and the tables of docs/performance.md made from them, never typed.
+
+    fedloom bench lora-step --size base --out runs/bench/lora-step-base.json
+    python benchmarks/publish_bench.py runs/bench/*.json
+
+Copies each file to benchmarks/results/bench and writes anew what stands between the two marks of docs/performance.md:
+a table for each call, with its command, commit and machine. The prose around it stays.
+"""
+
+import argparse
+from pathlib import Path
+
+from fedloom.bench.lines import HEAD, Measured
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "benchmarks" / "results" / "bench", ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- measured -->", "<!-- end of what was measured -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="*", help="what `fedloom bench --out` wrote")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for path in parser.parse_args().files:
+        (RESULTS / path.name).write_text(Measured.of(path.read_text("utf-8")).json(), "utf-8")
+    text = PAGE.read_text("utf-8")
+    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    tables = [_table(Measured.of(path.read_text("utf-8"))) for path in sorted(RESULTS.glob("*.json"))]
+    PAGE.write_text(f"{before}{BEGIN}\n\n" + "\n\n".join(tables) + f"\n\n{END}{after}", "utf-8")
+
+
+def _table(measured: Measured) -> str:
+    """The lines of one call in Markdown, and what made them."""
+    rows = [list(HEAD), ["---"] * len(HEAD), *(line.row() for line in measured.lines)]
+    made = measured.lineage
+    lineage = f"`{measured.command}`, commit {made['commit'][:10]}, {made['machine']}, {made['versions']}."
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", lineage, *measured.left_out])
+
+
+if __name__ == "__main__":
+    main()

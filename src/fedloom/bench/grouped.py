@@ -1,0 +1,70 @@
+"""Clients of a few examples: several in one forward pass, against one after the other."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from fedloom.adapters import LoRA
+from fedloom.backbones import Adaptable
+from fedloom.bench.lines import Line
+from fedloom.bench.lora import CLASSES, Step, dtypes
+from fedloom.bench.measuring import interleaved
+from fedloom.bench.shapes import NAMES, SIDE, Size, clip
+from fedloom.data import Dataset, Example, Pixels
+from fedloom.engines.local import LocalEngine, Participant
+from fedloom.methods import FedAvg
+from fedloom.site import Site
+from fedloom.store import Store
+from fedloom.tasks import Classification
+from fedloom.tensors import generator
+from fedloom.training import Training
+
+SITES = 8
+EPOCHS = 2  # steps of a client of one example
+EXAMPLES: Mapping[Size, tuple[int, ...]] = {"small": (1, 4), "base": (1,)}  # of a client
+GOALS = {"float32": 2.0, "bfloat16": 2.5}
+
+
+def grouped(size: Size, repeats: int) -> Iterator[Line]:
+    """Goal 4: a round of FedAvg, machinery and all."""
+    with tempfile.TemporaryDirectory() as folder:
+        steps: dict[str, Step] = {}
+        for dtype in dtypes():
+            made = clip(size, dtype)
+            for n in EXAMPLES[size]:
+                for group in (1, SITES):
+                    steps[f"{dtype} {n} {group}"] = _round(made, n, group, Path(folder))
+        took = interleaved(steps, repeats)
+    for dtype in dtypes():
+        for n in EXAMPLES[size]:
+            one, together = took[f"{dtype} {n} 1"], took[f"{dtype} {n} {SITES}"]
+            yield Line(
+                "grouped",
+                f"{SITES} clients of {n} in one pass, {NAMES[size]}, {dtype}",
+                1e3 * together.minimum,
+                "ms",
+                "one after the other",
+                1e3 * one.minimum,
+                GOALS[dtype] if n == 1 else None,
+                own_median=1e3 * together.median,
+                peer_median=1e3 * one.median,
+            )
+
+
+def _round(made: Adaptable, n: int, group: int, folder: Path) -> Step:
+    task = Classification(tuple(str(i) for i in range(CLASSES)))
+    pixels = Pixels(folder, made.network.decode)
+    names = [f"{i}.png" for i in range(SITES * n)]
+    for name in names:  # decoded already, as after a first round
+        noise = torch.randint(0, 256, (3, SIDE, SIDE), generator=generator(name), dtype=torch.uint8)
+        pixels._decoded[name] = noise
+    sites = {}
+    for i in range(SITES):
+        data = Dataset(tuple(Example(str(j % CLASSES), names[i * n + j]) for j in range(n)), pixels)
+        site = Site(f"{i}", made, task, data, Dataset(()), Training(batch=n, epochs=EPOCHS), 0)
+        sites[site.name] = Participant(site, Store(folder / f"{group}-{i}"), Dataset(()))
+    method = FedAvg(LoRA())
+    engine, shared = LocalEngine(method, sites, group=group), method.start(made, task, SITES, 0)
+    return lambda: list(engine.round(0, shared, list(sites)))
