@@ -8,7 +8,7 @@ A run that was stopped goes on with `resume`, and ends with the same bits as one
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -142,8 +142,10 @@ def run(recipe: Recipe | str | Path, out: str | Path, resume: bool = False, watc
     raises RunError: the folder is in the way, or holds the run of another recipe
     """
     recipe = planned(recipe if isinstance(recipe, Recipe) else load(recipe))
-    folder = _checked(Path(out), recipe, resume)
+    folder = checked(Path(out), recipe, resume)
     done = Run(folder)
+    if recipe.federation.engine != "local":
+        raise RunError("fedloom.run is of one process; across sites it is `fedloom run --engine nvflare`.")
     if done.finished and done.recipe.federation.rounds == recipe.federation.rounds:
         write_report(folder)  # a kill may have come before it
         return done
@@ -153,16 +155,27 @@ def run(recipe: Recipe | str | Path, out: str | Path, resume: bool = False, watc
     for reason in federation.skipped:
         watch(Note(reason))
     shared, privates = train(recipe.method_name, recipe.method, federation, folder, watch)
+    result = {
+        "views": views(federation, recipe.method, shared, privates),
+        "references": dict(_references(federation, folder, watch)),
+        "left_out": left_out(federation),
+        "skipped_images": len(federation.skipped),
+    }
+    return ended(folder, recipe, result)
+
+
+def ended(folder: Path, recipe: Recipe, result: Mapping[str, Any]) -> Run:
+    """The run in a folder whose rounds are all there, with its summary and its report.
+
+    result: of the summary, what has to be measured: views, references, left_out, skipped_images
+    """
     summary = {
         "fedloom": __version__,
         "recipe": recipe.id,
         "method": recipe.method_name,
         "seed": recipe.federation.seed,
         "rounds": recipe.federation.rounds,
-        "views": views(federation, recipe.method, shared, privates),
-        "references": dict(_references(federation, folder, watch)),
-        "left_out": left_out(federation),
-        "skipped_images": len(federation.skipped),
+        **result,
         **totals(lines_of(folder)),
     }
     write(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
@@ -170,7 +183,7 @@ def run(recipe: Recipe | str | Path, out: str | Path, resume: bool = False, watc
     return Run(folder)
 
 
-def _checked(folder: Path, recipe: Recipe, resume: bool) -> Path:
+def checked(folder: Path, recipe: Recipe, resume: bool) -> Path:
     written = folder / "recipe.toml"
     if folder.exists() and not folder.is_dir():
         raise RunError(f"'{folder}' is a file; name a folder with --out.")
