@@ -4,7 +4,7 @@ from fedloom.cli import running
 
 # isort: split
 # Commands stand in --help as their files stand here.
-from fedloom.cli import comparing
+from fedloom.cli import comparing, deploying
 from fedloom.cli.app import app, main
 
-__all__ = ["app", "comparing", "main", "running"]
+__all__ = ["app", "comparing", "deploying", "main", "running"]

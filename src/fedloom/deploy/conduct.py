@@ -7,7 +7,7 @@ is begun again.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,18 @@ class Experiment:
     folder: Path
 
 
-def conduct(experiment: Experiment, link: Link, limits: Limits, watch: Watch, lost: dict[str, str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Standing:
+    """How it stands with the sites, while an experiment goes on."""
+
+    lost: dict[str, str] = field(default_factory=dict)  # that no longer answer, and since when
+    said: dict[str, str] = field(default_factory=dict)  # of themselves, when they were greeted
+
+
+def conduct(experiment: Experiment, link: Link, limits: Limits, watch: Watch, standing: Standing) -> dict[str, Any]:
     """Run an experiment to its end, from wherever it was left: of its summary, what has to be measured.
 
-    lost: is told of sites that no longer answer, and since when, as long as they do not
+    standing: is kept up to date
     raises QuorumError: too few sites are there, or answered
     """
     recipe, audit = experiment.recipe, Audit(experiment.folder / "audit.log")
@@ -50,12 +58,12 @@ def conduct(experiment: Experiment, link: Link, limits: Limits, watch: Watch, lo
     def seen(site: str, text: str) -> None:
         audit.note(experiment.id, f"{site}: {text}")
 
-    engine = RemoteEngine(link, experiment.id, limits, seen)
+    engine = RemoteEngine(link, experiment.id, limits, seen, standing.lost)
     deployable(recipe)
     schedule = _schedule(experiment)
-    greeted = _greeted(engine, experiment, watch)
+    greeted = _greeted(engine, experiment, watch, standing.said)
     if not greeted:
-        raise QuorumError(f"none of the {len(experiment.roster)} sites is ready: {_said(engine.lost)}")
+        raise QuorumError(f"none of the {len(experiment.roster)} sites is ready: {_said({**engine.lost, **engine.refused})}")
     course = Course(
         recipe.method_name,
         recipe.method,
@@ -100,7 +108,9 @@ def _begun(experiment: Experiment) -> Shared:
     return recipe.method.start(model, task, len(experiment.roster), recipe.federation.seed)
 
 
-def _greeted(engine: RemoteEngine, experiment: Experiment, watch: Watch) -> dict[str, Mapping[str, Any]]:
+def _greeted(
+    engine: RemoteEngine, experiment: Experiment, watch: Watch, told: dict[str, str]
+) -> dict[str, Mapping[str, Any]]:
     """What each site said of itself, by name; a site that refused the recipe counts as lost, with its reason."""
     hello = {"recipe": experiment.recipe.dump(), "version": __version__, "sites": len(experiment.roster)}
     ready = engine.ready(experiment.roster)
@@ -117,8 +127,8 @@ def _greeted(engine: RemoteEngine, experiment: Experiment, watch: Watch) -> dict
             engine.refused[site] = "its hello is none"
             continue
         greeted[site] = reply
-        said = f"fedloom {reply['version']}, examples {reply.get('examples')}, data {reply['data']}"
-        watch(Note(f"{site} is ready: {said}"))
+        told[site] = f"fedloom {reply['version']}, examples {reply.get('examples')}, data {reply['data']}"
+        watch(Note(f"{site} is ready: {told[site]}"))
     return greeted
 
 

@@ -1,7 +1,6 @@
 """The two classes that a job names, and that are all that a site or a server lets a job name."""
 
 import base64
-import json
 import threading
 import time
 import traceback
@@ -9,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedloom.deploy.conduct import Experiment, conduct
+from fedloom.deploy.conduct import Experiment, Standing, conduct
 from fedloom.deploy.policy import load_limits, load_site
 from fedloom.deploy.resident import EXPERIMENT, Resident
 from fedloom.engines.messages import Message
@@ -41,7 +40,8 @@ class ServerEnd(Leading):
             raise RecipeError(f"'{experiment}' is no experiment's id.")
         self.experiment, self.recipe, self.roster = experiment, recipe, roster
         self.events: list[dict[str, Any]] = []
-        self.state: dict[str, Any] = {"lost": {}}
+        self.state: dict[str, Any] = {}
+        self.standing = Standing()
         self.folder = Path()
         self.fetched = threading.Event()
 
@@ -53,7 +53,7 @@ class ServerEnd(Leading):
             write(self.folder / "recipe.toml", self.recipe.encode())
             limits = load_limits(kit / "local" / "server.toml", recipe.federation.deadline)
             experiment = Experiment(self.experiment, recipe, tuple(self.roster), self.folder)
-            result = conduct(experiment, link, limits, self._watch, self.state["lost"])
+            result = conduct(experiment, link, limits, self._watch, self.standing)
             self.state |= {"result": result}
         except FedloomError as e:
             self.state |= {"error": str(e)}
@@ -79,7 +79,13 @@ class ServerEnd(Leading):
             return self._part(str(name), int(question.get("offset", 0)))
         after = int(question.get("after", 0))
         files = sorted(str(path.relative_to(self.folder)) for path in self._files()) if "result" in self.state else []
-        return {"events": self.events[after:], "files": files, **json.loads(json.dumps(self.state))}
+        return {
+            "events": self.events[after:],
+            "files": files,
+            "lost": dict(self.standing.lost),
+            "said": dict(self.standing.said),
+            **self.state,
+        }
 
     def _files(self) -> list[Path]:
         return [self.folder / "rounds.jsonl", *(self.folder / "server").glob("[0-9]*.safetensors")]

@@ -1,6 +1,7 @@
 """The coordinator's connection to the server, which comes back by itself when the server does."""
 
 import contextlib
+import io
 import logging
 import os
 import time
@@ -94,7 +95,7 @@ class Session:
             from fedloom.deploy.kits import admin_of
 
             logging.getLogger("nvflare").setLevel(logging.CRITICAL)
-            with _inside(self.kit):
+            with _inside(self.kit), contextlib.redirect_stdout(io.StringIO()):  # FLARE says that it connects
                 self._flare = new_secure_session(admin_of(self.kit), str(self.kit), timeout=10.0)
         return self._flare
 

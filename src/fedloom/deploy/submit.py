@@ -19,6 +19,7 @@ from fedloom import __version__
 from fedloom.assembly import planned
 from fedloom.deploy.conduct import deployable
 from fedloom.deploy.kits import SERVER_END, SITE_END, approved
+from fedloom.deploy.look import remember
 from fedloom.deploy.session import Session
 from fedloom.errors import LinkError, RunError
 from fedloom.events import Began, Ended, Event, Note, Replied, Watch
@@ -111,6 +112,7 @@ def _supervised(
             for name in outcome["files"]:
                 write(folder / name, segment.fetched(name))
             session.ask(segment.job, {"fetched": True})
+            remember(consortium.project, outcome["said"])
             result: Mapping[str, Any] = outcome["result"]
             return result
         barren = 0 if segment.rounds else barren + 1
