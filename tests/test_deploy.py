@@ -146,18 +146,15 @@ def test_a_killed_server_goes_on_with_the_same_bits(recipe: Path, here: Here, tm
 
 
 def test_a_late_answer_is_counted_and_not_used(recipe: Path, here: Here, tmp_path: Path) -> None:
-    here.slow = {"oslo": 1.5}
-    limits = Limits(deadline=0.9, beat=0.05, patience=1)
-    across(recipe, here, tmp_path / "warm", Limits(deadline=60, beat=1, patience=1))  # so that hello is quick below
-    began = time.monotonic()
-    result = across(recipe, here, tmp_path / "far", limits, **{"federation.quorum": 0.5})
-    assert time.monotonic() - began < 30
-    lines = lines_of(tmp_path / "far")
-    assert [line["sites"]["oslo"]["answered"] for line in lines] == [False, False]
-    assert "no answer within" in lines[0]["sites"]["oslo"]["reason"]
-    assert all(lines[0]["sites"][name]["answered"] for name in ("kyiv", "rome"))
-    audit = (tmp_path / "far" / "audit.log").read_text()
-    assert result["late_answers"].get("oslo", 0) == audit.count("came after the deadline") >= 1
+    across(recipe, here, tmp_path / "warm")  # so that hello is quick below
+    here.slow = {"oslo": 7.0}
+    late = Limits(deadline=5, beat=0.5, patience=1)
+    result = across(recipe, here, tmp_path / "far", late, **{"federation.quorum": 0.5, "federation.rounds": 1})
+    (line,) = lines_of(tmp_path / "far")
+    assert line["sites"]["oslo"] == {**line["sites"]["oslo"], "answered": False, "reason": "no answer within 5 s"}
+    assert all(line["sites"][name]["answered"] for name in ("kyiv", "rome"))
+    assert result["late_answers"] == {"oslo": 1}
+    assert "came after the deadline" in (tmp_path / "far" / "audit.log").read_text()
 
 
 def test_a_site_that_is_gone_leaves_a_gap_and_no_hang(recipe: Path, here: Here, tmp_path: Path) -> None:

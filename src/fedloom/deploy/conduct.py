@@ -63,7 +63,8 @@ def conduct(experiment: Experiment, link: Link, limits: Limits, watch: Watch, st
     schedule = _schedule(experiment)
     greeted = _greeted(engine, experiment, watch, standing.said)
     if not greeted:
-        raise QuorumError(f"none of the {len(experiment.roster)} sites is ready: {_said({**engine.lost, **engine.refused})}")
+        why = _said({**engine.lost, **engine.refused})
+        raise QuorumError(f"none of the {len(experiment.roster)} sites is ready: {why}")
     course = Course(
         recipe.method_name,
         recipe.method,

@@ -1,0 +1,131 @@
+"""A server and sites as processes of this machine, by the commands that a consortium would use; and their faults."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from fedloom.deploy.kits import approve, init, join, package
+from fedloom.deploy.policy import fingerprint
+
+PROJECT = "trial"
+SERVER = "server"
+
+
+class Consortium:
+    """`with Consortium(folder, backbone, {"oslo": manifest, ...}) as one:` all processes are there, and gone after."""
+
+    def __init__(self, folder: Path, backbone: str, sources: Mapping[str, Path], policy: str) -> None:
+        self.folder, self.sites = folder, tuple(sources)
+        self.project = folder / "project"
+        self.port = _free_port()
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        root = init(self.project, PROJECT, "localhost", self.port)
+        for name, source in sources.items():
+            request, own = join(name, PROJECT, folder / name)
+            package(approve(request, self.project, own), folder / name, root)
+            (folder / name / "site.toml").write_text(
+                f'name = "{name}"\nkit = "kit"\n[data]\nsource = "{source}"\n[policy]\n{policy}\n'
+                f'[policy.backbones."{backbone}"]\nsha256 = "{fingerprint(backbone)}"\n'
+            )
+
+    def __enter__(self) -> "Consortium":
+        self.start(SERVER)
+        deadline = time.monotonic() + 60
+        while socket.socket().connect_ex(("localhost", self.port)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        for name in self.sites:
+            self.start(name)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name in (*self.sites, SERVER):
+            self.kill(name, whole=True)
+
+    def start(self, name: str) -> None:
+        """Start the server or a site, as a service manager would."""
+        if name == SERVER:
+            arguments = ["server", "start", "--project", str(self.project)]
+        else:
+            arguments = ["site", "start", "--config", str(self.folder / name / "site.toml")]
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-c", "from fedloom.cli import main; main()", *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            )
+
+    def kill(self, name: str, whole: bool = False) -> None:
+        """kill -9 of one process; `whole`: of those that it started too."""
+        process = self.processes.pop(name, None)
+        if process is None:
+            return
+        others = self.jobs(process.pid) if whole else []
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for other in others:
+            _killed(other)
+
+    def kill_job(self, name: str) -> bool:
+        """kill -9 of the process of a job at the server or a site; whether there was one."""
+        jobs = self.jobs(self.processes[name].pid)
+        for job in jobs:
+            _killed(job)
+        return bool(jobs)
+
+    def jobs(self, pid: int) -> Sequence[psutil.Process]:
+        try:
+            return psutil.Process(pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def revive(self) -> None:
+        """Start again what has ended."""
+        for name in (SERVER, *self.sites):
+            process = self.processes.get(name)
+            if process is None or process.poll() is not None:
+                self.start(name)
+
+
+def squares(folder: Path, sites: Sequence[str], each: int = 16) -> dict[str, Path]:
+    """Manifests of coloured squares on noise: one a site, and under "" that of all."""
+    import torch
+    from PIL import Image
+
+    from fedloom.tensors import generator
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(each * len(sites)):
+        noise = torch.randint(0, 90, (32, 32, 3), generator=generator("square", i), dtype=torch.uint8)
+        noise[8:24, 8:24, i % 3] = 255
+        Image.fromarray(noise.numpy()).save(folder / f"{i}.png")
+        rows.append({"image": f"{i}.png", "label": ("red", "green", "blue")[i % 3], "site": sites[i // each]})
+    manifests = {}
+    for name in ("", *sites):
+        manifests[name] = folder / f"{name or 'all'}.jsonl"
+        own = [row for row in rows if name in ("", row["site"])]
+        manifests[name].write_text("".join(json.dumps(row) + "\n" for row in own))
+    return manifests
+
+
+def _killed(process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port: int = probe.getsockname()[1]
+        return port
