@@ -72,7 +72,8 @@ def package(
     from fedloom.deploy.kits import package as make
 
     asked = fingerprint or typer.prompt("The project's fingerprint, as the coordinator reads it out")
-    print(f"{make(signed, folder, asked)}: name it as `kit` in site.toml, then: fedloom site start --config site.toml")
+    print(f"{make(signed, folder, asked)}")
+    print(f"Fill in {folder / 'site.toml'}, then: fedloom site start --config {folder / 'site.toml'}")
 
 
 @deploy.command(epilog="Example: fedloom deploy fingerprint vilt-small")

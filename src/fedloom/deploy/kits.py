@@ -27,6 +27,7 @@ from fedloom.store import write
 
 SERVER_END = "fedloom.deploy.job.ServerEnd"
 SITE_END = "fedloom.deploy.job.SiteEnd"
+TEMPLATE = Path(__file__).resolve().parents[1] / "assets" / "deploy" / "site.toml"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 Kind = Literal["server", "site"]
 # Who may do what with a job. Nobody brings code, nobody has a shell, and whoever is not named may nothing.
@@ -120,7 +121,7 @@ def approved(folder: Path) -> dict[str, Any]:
 
 
 def package(signed: Path, folder: Path, fingerprint: str) -> Path:
-    """A site's kit, in the folder where it asked to join, locked.
+    """A site's kit, in the folder where it asked to join, locked; beside it a site.toml to fill in.
 
     fingerprint: of the root certificate, as the coordinator read it out
     """
@@ -129,6 +130,9 @@ def package(signed: Path, folder: Path, fingerprint: str) -> Path:
         raise DeployError(f"'{kit}' exists already; delete it to make it anew.")
     _packaged(signed, folder, kit, fingerprint)
     lock(kit, "site")
+    if not (folder / "site.toml").exists():
+        name = _json(kit / "startup" / "fed_client.json")["client"]["fqsn"]
+        write(folder / "site.toml", TEMPLATE.read_text().replace('"NAME"', f'"{name}"').encode())
     return kit
 
 

@@ -1,0 +1,89 @@
+"""kill -9 of a site, of a site's job, of the server, at random moments: does a run end with the same bits?
+
+    python benchmarks/faults.py 20           # needs the extra nvflare; a server and three sites on this machine
+
+Experiments follow each other until so many kills were made. What was killed is started again after a second, as a
+service manager would. Each experiment is compared with the same one in one process.
+"""
+
+import random
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+SITES = ("kyiv", "oslo", "rome")
+METHODS = ("fedavg", "feddlp")
+ROUNDS = 20
+SEED = 0
+
+
+def main(kills: int) -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from consortium import SERVER, Consortium, squares
+
+    from fedloom.deploy.submit import Consortium as Sites
+    from fedloom.deploy.submit import run_across
+    from fedloom.events import Event, Note
+    from fedloom.recipe import load
+    from fedloom.runs import run
+    from fedloom.store import Store
+    from fedloom.tensors import same
+
+    rng, made, going = random.Random(SEED), [], threading.Event()
+
+    def strike(one: Consortium) -> None:
+        while len(made) < kills:
+            going.wait()
+            time.sleep(rng.uniform(2, 40))
+            if not going.is_set():
+                continue
+            what = rng.choice((SERVER, *SITES))
+            if whole := rng.random() < 0.6:
+                one.kill(what)
+            elif not one.kill_job(what):
+                continue
+            made.append(f"{what}" if whole else f"{what}'s job")
+            print(f"{time.strftime('%H:%M:%S')} kill -9 of {made[-1]} ({len(made)})", flush=True)
+            time.sleep(1)
+            one.revive()
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Note):
+            print(f"{time.strftime('%H:%M:%S')} {event.text}", flush=True)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        manifests = squares(folder / "data", SITES)
+        policy = f'methods = {list(METHODS)}\ntasks = ["classification"]'
+        (folder / "squares.toml").write_text(
+            f'[data]\nsource = "{manifests[""]}"\n[backbone]\nname = "clip-small"\n'
+            '[task]\nkind = "classification"\nlabels = ["blue", "green", "red"]\n[method]\nname = "fedavg"\n'
+            "[reference]\nrows = []\n[training]\nbatch = 4\n"
+            f"[federation]\nrounds = {ROUNDS}\ndeadline = 300.0\n"
+        )
+        with Consortium(folder, "clip-small", {name: manifests[name] for name in SITES}, policy) as one:
+            threading.Thread(target=strike, args=(one,), daemon=True).start()
+            for i in range(kills):
+                if len(made) >= kills:
+                    break
+                recipe = load(folder / "squares.toml", {"method.name": METHODS[i % 2], "federation.seed": i})
+                before, began = len(made), time.monotonic()
+                going.set()
+                far = run_across(recipe, Sites(one.project), folder / f"far-{i}", False, watch)
+                going.clear()
+                seconds = time.monotonic() - began
+                near = run(recipe, folder / f"near-{i}")
+                equal = same(Store(far.folder / "server").before(ROUNDS)[1], near.shared)
+                whole = all(len(line["answered"]) == len(SITES) for line in far.summary["roster"])
+                print(
+                    f"{METHODS[i % 2]}, seed {i}: {len(made) - before} kills, {seconds:.0f} s, "
+                    f"same bits: {equal}, everyone in every round: {whole}",
+                    flush=True,
+                )
+    print(f"{len(made)} kills: {sorted(made)}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
