@@ -1,6 +1,6 @@
 """kill -9 of a site, of a site's job, of the server, at random moments: does a run end with the same bits?
 
-    python benchmarks/faults.py 20           # needs the extra nvflare; a server and three sites on this machine
+    python benchmarks/faults.py 20 [FOLDER]  # needs the extra nvflare; a server and three sites on this machine
 
 Experiments follow each other until so many kills were made. What was killed is started again after a second, as a
 service manager would. Each experiment is compared with the same one in one process.
@@ -19,7 +19,7 @@ ROUNDS = 20
 SEED = 0
 
 
-def main(kills: int) -> None:
+def main(kills: int, kept: Path | None) -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     from consortium import SERVER, Consortium, squares
 
@@ -54,7 +54,7 @@ def main(kills: int) -> None:
             print(f"{time.strftime('%H:%M:%S')} {event.text}", flush=True)
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+        folder = kept or Path(scratch)
         manifests = squares(folder / "data", SITES)
         policy = f'methods = {list(METHODS)}\ntasks = ["classification"]'
         (folder / "squares.toml").write_text(
@@ -86,4 +86,4 @@ def main(kills: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
+    main(int(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

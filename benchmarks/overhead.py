@@ -1,6 +1,6 @@
 """What a round costs beyond FLARE's own exchange: both in one job, in turn, with updates of 4 KB, 10 MB and 100 MB.
 
-    python benchmarks/overhead.py            # needs the extra nvflare; a server and three sites on this machine
+    python benchmarks/overhead.py [FOLDER]   # needs the extra nvflare; a server and three sites on this machine
 
 floor: the same bytes there and back, by FLARE alone, to all sites at once
 round: RemoteEngine.round, the updates read, checked, written down and averaged
@@ -96,7 +96,7 @@ class Measure(Leading):
         (kit / "overhead.json").write_text(json.dumps({"seconds": figures, "peak_mib_by_round": memory}))
 
 
-def main() -> None:
+def main(kept: Path | None) -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     from consortium import PROJECT, SERVER, Consortium, squares
 
@@ -104,7 +104,7 @@ def main() -> None:
     from fedloom.deploy.session import Session
 
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+        folder = kept or Path(scratch)
         manifests = squares(folder / "data", SITES)
         policy = 'methods = ["fedavg"]\ntasks = ["classification"]'
         one = Consortium(folder, "clip-small", {name: manifests[name] for name in SITES}, policy)
@@ -137,7 +137,7 @@ def main() -> None:
 
 def _job(folder: Path) -> Path:
     job = folder / "overhead"
-    (job / "app" / "config").mkdir(parents=True)
+    (job / "app" / "config").mkdir(parents=True, exist_ok=True)
     meta = {"name": "overhead", "resource_spec": {}, "min_clients": len(SITES), "deploy_map": {"app": ["@ALL"]}}
     (job / "meta.json").write_text(json.dumps(meta))
     executor = {"path": "overhead.Echo", "args": {}}
@@ -152,4 +152,4 @@ def _job(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from fedloom.deploy.kits import approve, init, join, package
+from fedloom.deploy.look import endpoint
 from fedloom.deploy.policy import fingerprint
 
 PROJECT = "trial"
@@ -21,17 +22,22 @@ SERVER = "server"
 
 
 class Consortium:
-    """`with Consortium(folder, backbone, {"oslo": manifest, ...}) as one:` all processes are there, and gone after."""
+    """`with Consortium(folder, backbone, {"oslo": manifest, ...}, policy) as one:` its processes run, and then do not.
+
+    A folder that has its certificates and kits keeps them.
+    """
 
     def __init__(self, folder: Path, backbone: str, sources: Mapping[str, Path], policy: str) -> None:
         self.folder, self.sites = folder, tuple(sources)
         self.project = folder / "project"
-        self.port = _free_port()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        root = init(self.project, PROJECT, "localhost", self.port)
+        if not self.project.exists():
+            root = init(self.project, PROJECT, "localhost", _free_port())
+            for name in sources:
+                request, own = join(name, PROJECT, folder / name)
+                package(approve(request, self.project, own), folder / name, root)
+        self.port = endpoint(self.project / "server")[1]
         for name, source in sources.items():
-            request, own = join(name, PROJECT, folder / name)
-            package(approve(request, self.project, own), folder / name, root)
             (folder / name / "site.toml").write_text(
                 f'name = "{name}"\nkit = "kit"\n[data]\nsource = "{source}"\n[policy]\n{policy}\n'
                 f'[policy.backbones."{backbone}"]\nsha256 = "{fingerprint(backbone)}"\n'
@@ -111,6 +117,29 @@ def squares(folder: Path, sites: Sequence[str], each: int = 16) -> dict[str, Pat
         noise[8:24, 8:24, i % 3] = 255
         Image.fromarray(noise.numpy()).save(folder / f"{i}.png")
         rows.append({"image": f"{i}.png", "label": ("red", "green", "blue")[i % 3], "site": sites[i // each]})
+    return _manifests(folder, rows, sites)
+
+
+def organs(folder: Path) -> dict[str, Path]:
+    """Manifests of three organs of VQA-Med: one a site, and under "" that of all."""
+    pack = Path(__file__).resolve().parents[1] / "benchmarks" / "data" / "vqamed"
+    named = {"gastrointestinal": "gut", "lung, mediastinum, pleura": "lung", "spine and contents": "spine"}
+    rows = [json.loads(line) for line in (pack / "manifest.jsonl").read_text().splitlines()]
+    kept = [
+        {
+            "image": str(pack / row["image"]),
+            "text": row["question"],
+            "label": row["answer"],
+            "site": named[row["organ"]],
+        }
+        for row in rows
+        if row["organ"] in named and row["category"] in ("modality", "plane")
+    ]
+    return _manifests(folder, kept, tuple(named.values()))
+
+
+def _manifests(folder: Path, rows: Sequence[Mapping[str, str]], sites: Sequence[str]) -> dict[str, Path]:
+    folder.mkdir(parents=True, exist_ok=True)
     manifests = {}
     for name in ("", *sites):
         manifests[name] = folder / f"{name or 'all'}.jsonl"

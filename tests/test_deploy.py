@@ -159,15 +159,20 @@ def test_a_late_answer_is_counted_and_not_used(recipe: Path, here: Here, tmp_pat
 
 def test_a_site_that_is_gone_leaves_a_gap_and_no_hang(recipe: Path, here: Here, tmp_path: Path) -> None:
     here.dead = {"rome"}
-    result = across(recipe, here, tmp_path / "far", **{"federation.quorum": 0.5})
+    waiting = Limits(deadline=8, beat=0.5, patience=1)
+    across(recipe, here, tmp_path / "warm", waiting, **{"federation.quorum": 0.5})
+    began = time.monotonic()
+    result = across(recipe, here, tmp_path / "far", waiting, **{"federation.quorum": 0.5})
+    assert 8 < time.monotonic() - began < 16  # it is waited for once, and not in every round
     assert [line["sites"]["rome"]["answered"] for line in lines_of(tmp_path / "far")] == [False, False]
     assert "not there" in result["unmeasured"]["rome"]
 
 
 def test_too_few_sites_are_an_error_that_names_them(recipe: Path, here: Here, tmp_path: Path) -> None:
     here.dead = {"rome"}
+    limits = Limits(deadline=5, beat=0.5, patience=1)
     with pytest.raises(QuorumError, match=r"2 of 3 sites answered, the quorum is 3\. rome: it was not there"):
-        across(recipe, here, tmp_path / "far")
+        across(recipe, here, tmp_path / "far", limits)
 
 
 # Nothing that a peer sends is trusted

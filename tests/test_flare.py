@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("nvflare", reason="the extra nvflare is not installed")
 
-from consortium import SERVER, Consortium, squares
+from consortium import SERVER, Consortium, organs
 
 from fedloom.deploy.kits import approve, join, package, request_fingerprint
 from fedloom.deploy.look import doctor
@@ -27,27 +27,30 @@ from fedloom.tensors import same
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-SITES = ("kyiv", "oslo", "rome")
+SITES = ("gut", "lung", "spine")
 METHODS: dict[str, list[str]] = {
     "fedavg": [],
-    "fedpia": ["method.name=fedpia", "method.probe=4", 'method.adapter={kind="bottleneck", width=3}'],
-    "feddlp": ["method.name=feddlp"],
+    "fedpia": ["method.name=fedpia", "method.probe=8"],
+    "feddlp": ["method.name=feddlp", 'method.adapter={kind="lora", rank=4, last=2}'],
 }
 Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def consortium(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consortium]:
+def consortium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Consortium]:
+    """Three organs of VQA-Med, a site each."""
     folder = tmp_path_factory.mktemp("consortium")
-    manifests = squares(folder / "data", SITES)
-    (folder / "squares.toml").write_text(
-        f'[data]\nsource = "{manifests[""]}"\n[backbone]\nname = "{backbone}"\n'
-        '[task]\nkind = "classification"\nhead = "linear"\nlabels = ["blue", "green", "red"]\n'
-        '[method]\nname = "fedavg"\n[method.adapter]\nkind = "lora"\nrank = 2\n[reference]\nrows = []\n'
-        "[training]\nlr = 0.01\nbatch = 8\nwarmup_head = 1\nfinetune = 1\n[federation]\nrounds = 2\ndeadline = 120.0\n"
+    manifests = organs(folder / "data")
+    (folder / "organs.toml").write_text(
+        f'[data]\nsource = "{manifests[""]}"\nvocabulary = "site"\ntrain = 16\nheld_out = 8\ntest = 8\n'
+        '[backbone]\nname = "vilt-small"\ncache = true\n'
+        '[task]\nkind = "vqa"\nhead = "linear"\nobjective = "cross_entropy"\n'
+        '[method]\nname = "fedavg"\n[method.adapter]\nkind = "bottleneck"\nwidth = 8\nlast = 2\n'
+        "[reference]\nrows = []\n[training]\nlr = 0.01\nbatch = 8\nwarmup_head = 1\nfinetune = 1\n"
+        "[federation]\nrounds = 2\ndeadline = 240.0\n"
     )
-    policy = f'methods = {list(METHODS)}\ntasks = ["classification"]'
-    with Consortium(folder, str(backbone), {name: manifests[name] for name in SITES}, policy) as one:
+    policy = f'methods = {list(METHODS)}\ntasks = ["vqa"]'
+    with Consortium(folder, "vilt-small", {name: manifests[name] for name in SITES}, policy) as one:
         yield one
 
 
@@ -59,7 +62,7 @@ def settings(changes: list[str]) -> list[str]:
 def test_processes_end_with_the_bits_of_one(
     consortium: Consortium, fedloom: Command, tmp_path: Path, method: str
 ) -> None:
-    recipe, changes = consortium.folder / "squares.toml", METHODS[method]
+    recipe, changes = consortium.folder / "organs.toml", METHODS[method]
     across = ("--engine", "nvflare", "--project", consortium.project, "--out", tmp_path / "far")
     code, said, error = fedloom("run", recipe, *settings(changes), *across)
     assert (code, error) == (0, "")
@@ -80,7 +83,7 @@ def test_processes_end_with_the_bits_of_one(
 
 
 def test_the_doctor_finds_a_sound_kit_sound(consortium: Consortium) -> None:
-    found = list(doctor(consortium.folder / "oslo" / "kit"))
+    found = list(doctor(consortium.folder / "lung" / "kit"))
     assert [one.text for one in found if not one.good] == []
     assert any("TLS" in one.text for one in found)
 
@@ -124,24 +127,24 @@ def self_signed(folder: Path, name: str) -> Path:
 
 
 def test_without_a_certificate_of_the_project_the_port_is_closed(consortium: Consortium, tmp_path: Path) -> None:
-    assert handshake(consortium, consortium.folder / "oslo" / "kit" / "startup")
-    for stranger in (None, self_signed(tmp_path / "self", "oslo")):
+    assert handshake(consortium, consortium.folder / "lung" / "kit" / "startup")
+    for stranger in (None, self_signed(tmp_path / "self", "lung")):
         with pytest.raises((ssl.SSLError, ConnectionError)):
             handshake(consortium, stranger)
 
 
 def test_a_site_with_another_s_name_is_not_started(consortium: Consortium, fedloom: Command, tmp_path: Path) -> None:
-    text = (consortium.folder / "oslo" / "site.toml").read_text().replace('"oslo"', '"rome"', 1)
+    text = (consortium.folder / "lung" / "site.toml").read_text().replace('"lung"', '"gut"', 1)
     path = tmp_path / "site.toml"
-    path.write_text(text.replace('kit = "kit"', f'kit = "{consortium.folder / "oslo" / "kit"}"'))
+    path.write_text(text.replace('kit = "kit"', f'kit = "{consortium.folder / "lung" / "kit"}"'))
     code, _, error = fedloom("site", "start", "--config", path)
     assert code == 2
-    assert "is of the site 'rome', and the certificate in" in error
+    assert "is of the site 'gut', and the certificate in" in error
 
 
 def outcome(consortium: Consortium, folder: Path, change: Callable[[Path], None]) -> str:
     """What becomes of a changed job."""
-    made = definition(folder, "f" * 32, load(consortium.folder / "squares.toml"), SITES)
+    made = definition(folder, "f" * 32, load(consortium.folder / "organs.toml"), SITES)
     change(made)
     with Session(consortium.project / "coordinator", 20) as session:
         name = session.submit(made)
@@ -180,7 +183,7 @@ def test_a_job_with_a_class_that_is_not_listed_is_refused(consortium: Consortium
 
 
 def test_two_sites_of_one_name_are_refused(consortium: Consortium, tmp_path: Path) -> None:
-    request, own = join("oslo", "trial", tmp_path / "oslo")
+    request, own = join("lung", "trial", tmp_path / "lung")
     with pytest.raises(DeployError, match="was approved before"):
         approve(request, consortium.project, own)
 
@@ -216,7 +219,7 @@ def test_a_server_that_is_not_there_is_said_so(consortium: Consortium, tmp_path:
 
 @pytest.mark.parametrize("fault", ["a site", "a site's job", "the server"])
 def test_a_kill_leaves_the_same_bits(consortium: Consortium, fedloom: Command, tmp_path: Path, fault: str) -> None:
-    recipe = consortium.folder / "squares.toml"
+    recipe = consortium.folder / "organs.toml"
     changes = ["federation.rounds=6", "training.epochs=4"]
     struck: list[float] = []
 
@@ -226,9 +229,9 @@ def test_a_kill_leaves_the_same_bits(consortium: Consortium, fedloom: Command, t
         struck.append(time.monotonic())
         match fault:
             case "a site":
-                consortium.kill("oslo")
+                consortium.kill("lung")
             case "a site's job":
-                consortium.kill_job("rome")
+                consortium.kill_job("spine")
             case "the server":
                 consortium.kill(SERVER)
         time.sleep(1)

@@ -55,6 +55,8 @@ class RemoteEngine:
     seen: Callable[[str, str], None] = lambda site, text: None
     lost: dict[str, str] = field(default_factory=dict)  # sites that no longer answer a ping, and since when
     refused: dict[str, str] = field(default_factory=dict)  # sites that take no part, and why
+    absent: set[str] = field(default_factory=set)  # sites that were not there at the start, and were not greeted
+    given_up: set[str] = field(default_factory=set)  # lost sites that a whole deadline was waited for
     late: dict[str, int] = field(default_factory=dict)  # by site: answers that came after the deadline
 
     def ready(self, sites: Sequence[str]) -> tuple[str, ...]:
@@ -64,6 +66,7 @@ class RemoteEngine:
             pings = {site: _started(partial(self._pinged, site)) for site in waiting}
             waiting = [site for site, ping in pings.items() if not ping.result()]
             time.sleep(min(1.0, self.limits.beat) if waiting else 0)
+        self.absent.update(waiting)
         for site in waiting:
             self.lost[site] = f"it was not there within {self.limits.patience:g} s"
             self.seen(site, self.lost[site])
@@ -129,8 +132,10 @@ class RemoteEngine:
     def _awaited(
         self, site: str, tasks: Mapping[str, "Future[Message]"], missed: dict[str, int], until: float
     ) -> Message | Silence:
+        if site in self.refused:
+            return Silence(site, self.refused[site])
         if site not in tasks:
-            return Silence(site, self.refused.get(site) or self.lost[site])
+            return self._gone(site, until)
         task = tasks[site]
         while (left := until - time.monotonic()) > 0:
             wait([task], min(left, self.limits.beat))
@@ -139,6 +144,8 @@ class RemoteEngine:
             self._ping([name for name, other in tasks.items() if not other.done()], missed)
         if not task.done():
             task.add_done_callback(lambda done: self._came_late(site, done))
+            if site in self.lost:
+                self.given_up.add(site)
             return Silence(site, self.lost.get(site, f"no answer within {self.limits.deadline:g} s"))
         if (error := task.exception()) is None:
             self.lost.pop(site, None)
@@ -146,9 +153,14 @@ class RemoteEngine:
         if not isinstance(error, LinkError):
             raise error
         self.lost.setdefault(site, str(error))
-        while (left := until - time.monotonic()) > 0:  # it may be started again, and the round with it
+        return self._gone(site, until)
+
+    def _gone(self, site: str, until: float) -> Silence:
+        """A lost site is waited for once: it may be started again, and what goes on here with it."""
+        while site not in self.given_up and (left := until - time.monotonic()) > 0:
             time.sleep(min(left, self.limits.beat))
-        return Silence(site, str(error))
+        self.given_up.add(site)
+        return Silence(site, self.lost[site])
 
     def _ping(self, sites: Sequence[str], missed: dict[str, int]) -> None:
         pings = {site: _started(partial(self._pinged, site)) for site in sites}
@@ -169,8 +181,9 @@ class RemoteEngine:
 
     def _look_again(self, sites: Sequence[str]) -> None:
         for site in sites:
-            if site in self.lost and self._pinged(site):
+            if site in self.lost and site not in self.absent and self._pinged(site):
                 del self.lost[site]
+                self.given_up.discard(site)
 
     def _checked(self, site: str, reply: Message, nonce: str) -> Message | Silence:
         if reply.get("nonce") != nonce:
