@@ -71,7 +71,7 @@ def main(kills: int, kept: Path | None) -> None:
                 recipe = load(folder / "squares.toml", {"method.name": METHODS[i % 2], "federation.seed": i})
                 before, began = len(made), time.monotonic()
                 going.set()
-                far = run_across(recipe, Sites(one.project), folder / f"far-{i}", False, watch)
+                far = run_across(recipe, Sites(one.project, 300.0), folder / f"far-{i}", False, watch)
                 going.clear()
                 seconds = time.monotonic() - began
                 near = run(recipe, folder / f"near-{i}")

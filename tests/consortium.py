@@ -16,9 +16,11 @@ import psutil
 from fedloom.deploy.kits import approve, init, join, package
 from fedloom.deploy.look import endpoint
 from fedloom.deploy.policy import fingerprint
+from fedloom.deploy.session import Session
 
 PROJECT = "trial"
 SERVER = "server"
+PATIENCE = 300.0  # seconds; a machine may be slow
 
 
 class Consortium:
@@ -45,11 +47,14 @@ class Consortium:
 
     def __enter__(self) -> "Consortium":
         self.start(SERVER)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while socket.socket().connect_ex(("localhost", self.port)) and time.monotonic() < deadline:
             time.sleep(0.2)
         for name in self.sites:
             self.start(name)
+        with Session(self.project / "coordinator", PATIENCE) as session:
+            while len(session.sites()) < len(self.sites) and time.monotonic() < deadline:
+                time.sleep(0.5)
         return self
 
     def __exit__(self, *error: object) -> None:
