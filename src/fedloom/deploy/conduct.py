@@ -20,6 +20,7 @@ from fedloom.engines.remote import Limits, Link, RemoteEngine
 from fedloom.errors import QuorumError, RecipeError
 from fedloom.events import Note, Watch
 from fedloom.federation import Schedule
+from fedloom.methods import Pooled
 from fedloom.recipe import Recipe
 from fedloom.rounds import Course, follow
 from fedloom.site import Silence
@@ -80,7 +81,9 @@ def conduct(experiment: Experiment, link: Link, limits: Limits, watch: Watch, st
 
 
 def deployable(recipe: Recipe) -> None:
-    """Whether each site can know what it needs of the others; raises RecipeError where it cannot."""
+    """Whether each site can do its part with what it has; raises RecipeError where it cannot."""
+    if isinstance(recipe.method, Pooled):
+        raise RecipeError(f"the method of {recipe.file} trains on the data of all sites, and they leave no site.")
     for group in recipe.parts.values():
         if group.data.vocabulary == "shared" and not group.task.labels:
             raise RecipeError(
