@@ -176,7 +176,7 @@ def command(kit: Path, kind: Kind) -> list[str]:
 
 def environment() -> Mapping[str, str]:
     """What the process runs in: Python finds what this one finds, and memory is given back."""
-    found = os.pathsep.join(path for path in sys.path if path)
+    found = os.pathsep.join(str(Path(path).resolve()) for path in sys.path if path)
     return {"MALLOC_ARENA_MAX": "4", **os.environ, "PYTHONPATH": found, "PYTHONUNBUFFERED": "1"}
 
 
