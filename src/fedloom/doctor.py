@@ -15,7 +15,7 @@ from fedloom.labels import vocabulary
 from fedloom.partition import shared_images
 from fedloom.recipe import Recipe
 
-EXTRAS = {"dicom": "pydicom"}  # extra -> what it brings
+EXTRAS = {"dicom": "pydicom", "nvflare": "nvflare"}  # extra -> what it brings
 SHOWN = 5  # images that two sites share
 
 
