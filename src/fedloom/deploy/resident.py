@@ -23,16 +23,38 @@ from fedloom.deploy.audit import Audit
 from fedloom.deploy.policy import SiteConfig, allowed, data_fingerprint
 from fedloom.engines.local import Participant
 from fedloom.engines.messages import Message, digest, sent
-from fedloom.errors import FedloomError, PolicyError, UpdateError
+from fedloom.errors import FedloomError, PolicyError, StoreError, UpdateError
 from fedloom.federation import site_evaluate, site_round
 from fedloom.recipe import Recipe
-from fedloom.store import Store
-from fedloom.tensors import Private, Shared, from_bytes
+from fedloom.store import Store, write
+from fedloom.tensors import Private, Shared, Tensors, from_bytes
 from fedloom.views import measured
 
 log = logging.getLogger(__name__)
 
 EXPERIMENT = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Fenced(Store):
+    """A store that only the process which was greeted last may write: one that was left behind would set it back."""
+
+    token: str = ""
+
+    def claim(self) -> None:
+        write(self.folder / "owner", self.token.encode())
+
+    def after(self, round: int, tensors: Tensors) -> None:
+        self._mine()
+        super().after(round, tensors)
+
+    def personalised(self, tensors: Tensors) -> None:
+        self._mine()
+        super().personalised(tensors)
+
+    def _mine(self) -> None:
+        if (self.folder / "owner").read_text() != self.token:
+            raise StoreError("another process of this site has taken the experiment over")
 
 
 @dataclass(frozen=True)
@@ -113,7 +135,9 @@ class Resident:
         recipe, group = allowed(self.config, text, sites)
         if self._loaded is None or self._loaded.experiment != experiment or self._loaded.recipe != recipe:
             own = alone(recipe, self.config.name, group)
-            store = Store(self.config.folder / "experiments" / experiment, recipe.federation.keep + 1)
+            folder = self.config.folder / "experiments" / experiment
+            store = Fenced(folder, recipe.federation.keep + 1, token=str(message["nonce"]))
+            store.claim()
             self._loaded = Loaded(experiment, recipe, replace(own, store=store), self.config.data.group)
         own = self._loaded.own
         reply = {

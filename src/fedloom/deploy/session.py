@@ -62,6 +62,13 @@ class Session:
 
         self._asked(ending)
 
+    def end(self, job: str) -> None:
+        """End a job, and wait until nobody works on it."""
+        self.abort(job)
+        until = time.monotonic() + self.patience
+        while self.ask(job, {}) is not None and time.monotonic() < until:
+            time.sleep(0.5)
+
     def sites(self) -> dict[str, float]:
         """The sites that are connected, and when the server last heard of each, by its clock."""
         info = self._asked(lambda flare: flare.get_system_info())

@@ -31,6 +31,7 @@ from fedloom.tensors import Shared
 
 ATTEMPTS = 5  # segments in a row in which no round ended
 POLL = 0.5  # seconds
+HEARTBEAT = 40.0  # seconds in which a server hears of every site that is connected
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,12 @@ def _supervised(
     barren = 0
     while True:
         _gathered(session, roster, consortium.patience, watch)
-        segment = _Segment(session, session.submit(job), consortium.patience, watch)
-        outcome = segment.followed()
+        segment = _Segment(session, _only(session, job, folder), consortium.patience, watch)
+        try:
+            outcome = segment.followed()
+        except KeyboardInterrupt:
+            session.abort(segment.job)
+            raise
         if not isinstance(outcome, Broken):
             for name in outcome["files"]:
                 write(folder / name, segment.fetched(name))
@@ -119,7 +124,16 @@ def _supervised(
         if barren == ATTEMPTS:
             raise RunError(f"{ATTEMPTS} times in a row no round came to its end; the last time {outcome.why}.")
         watch(Note(f"{outcome.why}; going on from the last checkpoint"))
-        session.abort(segment.job)
+
+
+def _only(session: Session, job: Path, folder: Path) -> str:
+    """Submit a job, when the one before it has ended: two at once would set each other back."""
+    before = folder / "job"
+    if before.is_file():
+        session.end(before.read_text())
+    name = session.submit(job)
+    write(before, name.encode())
+    return name
 
 
 def _gathered(session: Session, roster: tuple[str, ...], patience: float, watch: Watch) -> None:
@@ -166,6 +180,8 @@ class _Segment:
             if "error" in told:
                 with contextlib.suppress(LinkError):
                     self.session.ask(self.job, {"fetched": True})
+                if back := self._coming_back(told["lost"]):
+                    return Broken(f"{', '.join(back)} is back")
                 raise RunError(f"{told['error'].rstrip('.')}. Go on with --resume.")
             if "result" in told:
                 return told
@@ -183,6 +199,15 @@ class _Segment:
             whole += base64.b64decode(told["part"])
             if len(whole) >= told["size"]:
                 return bytes(whole)
+
+    def _coming_back(self, lost: Mapping[str, str]) -> list[str]:
+        """As `_back`, for as long as a site that is there needs to be heard of."""
+        until = time.monotonic() + HEARTBEAT
+        while lost and time.monotonic() < until:
+            if back := self._back(lost):
+                return back
+            time.sleep(POLL)
+        return []
 
     def _back(self, lost: Mapping[str, str]) -> list[str]:
         """Lost sites of which the server has heard since."""
