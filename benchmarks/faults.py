@@ -2,8 +2,8 @@
 
     python benchmarks/faults.py 20 [FOLDER]  # needs the extra nvflare; a server and three sites on this machine
 
-Experiments follow each other until so many kills were made. What was killed is started again after a second, as a
-service manager would. Each experiment is compared with the same one in one process.
+Experiments follow each other until so many kills were made. What was killed is started again within a second,
+as a service manager would. Each experiment is compared with the same one in one process.
 """
 
 import random
@@ -46,8 +46,6 @@ def main(kills: int, kept: Path | None) -> None:
                 continue
             made.append(f"{what}" if whole else f"{what}'s job")
             print(f"{time.strftime('%H:%M:%S')} kill -9 of {made[-1]} ({len(made)})", flush=True)
-            time.sleep(1)
-            one.revive()
 
     def watch(event: Event) -> None:
         if isinstance(event, Note):

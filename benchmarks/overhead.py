@@ -10,7 +10,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -100,7 +99,7 @@ def main(kept: Path | None) -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     from consortium import PROJECT, SERVER, Consortium, squares
 
-    from fedloom.deploy.kits import command, environment
+    from fedloom.deploy.kits import command
     from fedloom.deploy.session import Session
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -109,30 +108,19 @@ def main(kept: Path | None) -> None:
         policy = 'methods = ["fedavg"]\ntasks = ["classification"]'
         one = Consortium(folder, "clip-small", {name: manifests[name] for name in SITES}, policy)
         kits = {SERVER: one.project / "server", **{name: folder / name / "kit" for name in SITES}}
-        try:
-            for name, kit in kits.items():
-                path = kit / "local" / "resources.json"
-                listed = "overhead.Measure" if name == SERVER else "overhead.Echo"
-                path.write_text(json.dumps({**json.loads(path.read_text()), "class_allow_list": [listed]}))
-                start = command(kit, "server" if name == SERVER else "site")
-                with (folder / f"{name}.log").open("wb") as log:
-                    one.processes[name] = subprocess.Popen(
-                        start, cwd=kit, env=dict(environment()), stdout=log, stderr=subprocess.STDOUT
-                    )
-                time.sleep(5 if name == SERVER else 0)
-            job = _job(folder)
-            with Session(one.project / "coordinator") as session:
-                while len(session.sites()) < len(SITES):
-                    time.sleep(1)
-                name = session.submit(job)
-                while not (status := session.status(name)).startswith("FINISHED"):
-                    time.sleep(1)
+        for name, kit in kits.items():
+            path = kit / "local" / "resources.json"
+            listed = "overhead.Measure" if name == SERVER else "overhead.Echo"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "class_allow_list": [listed]}))
+            one.commands[name] = command(kit, "server" if name == SERVER else "site")
+        with one, Session(one.project / "coordinator", 300) as session:
+            name = session.submit(_job(folder))
+            while not (status := session.status(name)).startswith("FINISHED"):
+                time.sleep(1)
             result = kits[SERVER] / "overhead.json"
             if not result.is_file():
                 sys.exit(f"{PROJECT}: {status}\n{(folder / 'server.log').read_text()[-3000:]}")
             print(result.read_text())
-        finally:
-            one.__exit__()
 
 
 def _job(folder: Path) -> Path:

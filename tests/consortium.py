@@ -2,18 +2,17 @@
 
 import contextlib
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
-from fedloom.deploy.kits import approve, init, join, package
+from fedloom.deploy.kits import approve, environment, init, join, package
 from fedloom.deploy.look import endpoint
 from fedloom.deploy.policy import fingerprint
 from fedloom.deploy.session import Session
@@ -38,6 +37,12 @@ class Consortium:
             for name in sources:
                 request, own = join(name, PROJECT, folder / name)
                 package(approve(request, self.project, own), folder / name, root)
+        fedloom = [sys.executable, "-c", "from fedloom.cli import main; main()"]
+        self.commands = {SERVER: [*fedloom, "server", "start", "--project", str(self.project)]}
+        for name in sources:
+            self.commands[name] = [*fedloom, "site", "start", "--config", str(folder / name / "site.toml")]
+        self.over = threading.Event()
+        self.jobs_left: list[psutil.Process] = []  # whose parent was killed
         self.port = endpoint(self.project / "server")[1]
         for name, source in sources.items():
             (folder / name / "site.toml").write_text(
@@ -46,46 +51,49 @@ class Consortium:
             )
 
     def __enter__(self) -> "Consortium":
-        self.start(SERVER)
+        threading.Thread(target=self._supervise, daemon=True).start()
         deadline = time.monotonic() + PATIENCE
-        while socket.socket().connect_ex(("localhost", self.port)) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        for name in self.sites:
-            self.start(name)
         with Session(self.project / "coordinator", PATIENCE) as session:
             while len(session.sites()) < len(self.sites) and time.monotonic() < deadline:
                 time.sleep(0.5)
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.over.set()
+        time.sleep(1.5)
         for name in (*self.sites, SERVER):
             self.kill(name, whole=True)
 
-    def start(self, name: str) -> None:
-        """Start the server or a site, as a service manager would."""
-        if name == SERVER:
-            arguments = ["server", "start", "--project", str(self.project)]
-        else:
-            arguments = ["site", "start", "--config", str(self.folder / name / "site.toml")]
+    def _supervise(self) -> None:
+        """Start what is not running, as a service manager would: FLARE's site gives up where a server is slow."""
+        while not self.over.is_set():
+            for name in (SERVER, *self.sites):
+                process = self.processes.get(name)
+                if process is None or process.poll() is not None:
+                    self._start(name)
+            self.over.wait(1)
+
+    def _start(self, name: str) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-c", "from fedloom.cli import main; main()", *arguments],
+                self.commands[name],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                env=dict(environment()),
+                cwd=self.folder,
             )
 
     def kill(self, name: str, whole: bool = False) -> None:
         """kill -9 of one process; `whole`: of those that it started too."""
-        process = self.processes.pop(name, None)
+        process = self.processes.get(name)
         if process is None:
             return
-        others = self.jobs(process.pid) if whole else []
-        process.send_signal(signal.SIGKILL)
+        self.jobs_left += self.jobs(process.pid)
+        process.kill()
         process.wait()
-        for other in others:
-            _killed(other)
+        while whole and self.jobs_left:
+            _killed(self.jobs_left.pop())
 
     def kill_job(self, name: str) -> bool:
         """kill -9 of the process of a job at the server or a site; whether there was one."""
@@ -99,13 +107,6 @@ class Consortium:
             return psutil.Process(pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
-
-    def revive(self) -> None:
-        """Start again what has ended."""
-        for name in (SERVER, *self.sites):
-            process = self.processes.get(name)
-            if process is None or process.poll() is not None:
-                self.start(name)
 
 
 def squares(folder: Path, sites: Sequence[str], each: int = 16) -> dict[str, Path]:

@@ -234,8 +234,6 @@ def test_a_kill_leaves_the_same_bits(consortium: Consortium, fedloom: Command, t
                 consortium.kill_job("spine")
             case "the server":
                 consortium.kill(SERVER)
-        time.sleep(1)
-        consortium.revive()
 
     threading.Thread(target=strike, daemon=True).start()
     across = ("--engine", "nvflare", "--project", consortium.project, "--out", tmp_path / "far")
