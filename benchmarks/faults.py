@@ -6,6 +6,7 @@ Experiments follow each other until so many kills were made. What was killed is 
 as a service manager would. Each experiment is compared with the same one in one process.
 """
 
+import os
 import random
 import sys
 import tempfile
@@ -17,6 +18,7 @@ SITES = ("kyiv", "oslo", "rome")
 METHODS = ("fedavg", "feddlp")
 ROUNDS = 20
 SEED = 0
+BETWEEN = float(os.environ.get("FEDLOOM_BETWEEN", "20"))  # seconds from one kill to the next, on average
 
 
 def main(kills: int, kept: Path | None) -> None:
@@ -36,7 +38,7 @@ def main(kills: int, kept: Path | None) -> None:
     def strike(one: Consortium) -> None:
         while len(made) < kills:
             going.wait()
-            time.sleep(rng.uniform(2, 40))
+            time.sleep(rng.uniform(0, 2 * BETWEEN))
             if not going.is_set():
                 continue
             what = rng.choice((SERVER, *SITES))

@@ -82,6 +82,7 @@ class Consortium:
                 stdin=subprocess.DEVNULL,
                 env=dict(environment()),
                 cwd=self.folder,
+                start_new_session=True,
             )
 
     def kill(self, name: str, whole: bool = False) -> None:

@@ -50,7 +50,9 @@ def remember(project: Path, said: Mapping[str, str]) -> None:
 
 def doctor(kit: Path) -> Iterator[Finding]:
     """Versions, disk, clock and certificates of a kit, and whether its server answers."""
-    yield _versions()
+    yield (versions := _versions())
+    if not versions.good:
+        return
     free = shutil.disk_usage(kit).free
     yield Finding(free >= ROOM, f"{free / 2**30:.0f} GiB free at {kit}" + ("" if free >= ROOM else "; make room"))
     yield from _certificates(kit)

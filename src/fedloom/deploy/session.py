@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedloom.deploy.kits import needs_nvflare
-from fedloom.engines.nvflare import TOPIC
+from fedloom.engines.messages import TOPIC
 from fedloom.errors import DeployError, LinkError
 
 T = TypeVar("T")

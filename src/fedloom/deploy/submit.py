@@ -18,7 +18,7 @@ from typing import Any
 from fedloom import __version__
 from fedloom.assembly import planned
 from fedloom.deploy.conduct import deployable
-from fedloom.deploy.kits import SERVER_END, SITE_END, approved
+from fedloom.deploy.kits import SERVER_END, SITE_END, approved, needs_nvflare
 from fedloom.deploy.look import remember
 from fedloom.deploy.session import Session
 from fedloom.errors import LinkError, RunError
@@ -47,6 +47,7 @@ def run_across(recipe: Recipe, consortium: Consortium, out: Path, resume: bool, 
 
     raises RunError: the server or the sites say why it cannot go on; what was reached is kept for --resume
     """
+    needs_nvflare()
     recipe = planned(recipe.altered({"federation.engine": "nvflare"}))
     deployable(recipe)
     roster = tuple(sorted(approved(consortium.project)))

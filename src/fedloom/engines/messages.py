@@ -14,6 +14,7 @@ from fedloom.site import Update
 from fedloom.tensors import Shared, Tensors, from_bytes, squared_distance, to_bytes
 
 Message: TypeAlias = Mapping[str, Any]
+TOPIC = "fedloom"  # what messages are called where a carrier has others too
 
 
 def digest(frame: bytes) -> str:

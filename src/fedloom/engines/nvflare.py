@@ -20,10 +20,9 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 
-from fedloom.engines.messages import Message
+from fedloom.engines.messages import TOPIC, Message
 from fedloom.errors import LinkError
 
-TOPIC = "fedloom"
 PAYLOAD = "message"
 
 
