@@ -44,7 +44,7 @@ class Echo(Listening):
             if message.get("kind") == "floor":
                 return {**reply, "frame": message["frame"]}
             if message.get("kind") == "round":
-                return {**reply, **sent(Update(Shared(from_bytes(message["frame"])), 1.0, 1))}
+                return {**reply, **sent(Update(Shared({}), 1.0, 1), to_bytes(from_bytes(message["frame"])))}
             return reply
 
         return answer
@@ -59,7 +59,9 @@ class Measure(Leading):
     def lead(self, kit: Path, link: FlareLink, aborted: Callable[[], bool]) -> None:
         torch.set_num_threads(1)
         audit, method = Audit(kit / "audit.log"), FedAvg()
-        engine = RemoteEngine(link, "0" * 32, Limits(deadline=300), lambda site, text: audit.note("0" * 32, text))
+        engine = RemoteEngine(
+            link, "0" * 32, method, limits=Limits(deadline=300), seen=lambda site, text: audit.note("0" * 32, text)
+        )
         engine.ready(SITES)
         figures: dict[str, Any] = {}
         for name, size in SIZES.items():

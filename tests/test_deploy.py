@@ -31,6 +31,7 @@ from fedloom.errors import (
     StoreError,
     UpdateError,
 )
+from fedloom.methods import FedAvg
 from fedloom.recipe import load
 from fedloom.rounds import lines_of
 from fedloom.runs import Run, ended, run
@@ -45,6 +46,7 @@ LABELS = {"task.labels": ("blue", "green", "red"), "reference.rows": ()}
 Command = Callable[..., tuple[int, str, str]]
 METHODS: dict[str, dict[str, Any]] = {
     "fedavg": {},
+    "fedavg, packed": {"wire": {"up": ("delta", "int8", "zstd"), "down": ("bf16", "zstd"), "budget": "20 kB"}},
     "fedpia": {"method.name": "fedpia", "method.probe": 4, "method.adapter": {"kind": "bottleneck", "width": 3}},
     "feddlp": {"method.name": "feddlp"},
 }
@@ -230,8 +232,8 @@ def test_how_far_an_update_moved() -> None:
 
 def test_an_update_crosses_as_it_is() -> None:
     update = Update(Shared({"a/b": torch.arange(3.0)}), 2.0, 2, {"loss": 0.5})
-    back = received("oslo", sent(update), 10**6)
-    assert same(back.tensors, update.tensors)
+    back, frame = received("oslo", sent(update, b"frame"), 10**6)
+    assert frame == b"frame"
     assert (back.weight, back.examples, back.metrics) == (2.0, 2, {"loss": 0.5})
 
 
@@ -471,7 +473,7 @@ def test_a_site_that_stops_answering_pings_is_known_before_the_deadline() -> Non
             time.sleep(5)
             return {}
 
-    engine = RemoteEngine(Stuck(), EXPERIMENT, Limits(deadline=0.6, beat=0.05))
+    engine = RemoteEngine(Stuck(), EXPERIMENT, FedAvg(), limits=Limits(deadline=0.6, beat=0.05))
     (reply,) = engine.round(0, Shared({}), ["oslo"])
     assert isinstance(reply, Silence)
     assert engine.lost == {"oslo": "it has not answered 3 pings"}
@@ -485,7 +487,9 @@ def test_a_late_answer_is_counted() -> None:
             time.sleep(0.0 if message["kind"] == "ping" else 1.0)
             return message
 
-    engine = RemoteEngine(Slow(), EXPERIMENT, Limits(deadline=0.2, beat=0.1), lambda site, text: told.append(text))
+    engine = RemoteEngine(
+        Slow(), EXPERIMENT, FedAvg(), limits=Limits(deadline=0.2, beat=0.1), seen=lambda site, text: told.append(text)
+    )
     assert [type(reply) for reply in engine.round(0, Shared({}), ["oslo"])] == [Silence]
     time.sleep(2)
     assert engine.late == {"oslo": 1}
@@ -496,9 +500,9 @@ def test_replies_are_folded_in_roster_order() -> None:
     class Unlike:
         def ask(self, site: str, message: Message, seconds: float) -> Message:
             time.sleep(0.2 if site == "a" else 0)
-            return {**sent(Update(Shared({}), 1.0, 1)), "nonce": message["nonce"]}
+            return {**sent(Update(Shared({}), 1.0, 1), to_bytes({})), "nonce": message["nonce"]}
 
-    engine = RemoteEngine(Unlike(), EXPERIMENT, Limits(deadline=5))
+    engine = RemoteEngine(Unlike(), EXPERIMENT, FedAvg(), limits=Limits(deadline=5))
     replies = list(engine.round(0, Shared({}), ["a", "b", "c"]))
     assert [reply.site for reply in replies] == ["a", "b", "c"]
     assert all(isinstance(reply, Answer) for reply in replies)

@@ -59,7 +59,7 @@ def conduct(experiment: Experiment, link: Link, limits: Limits, watch: Watch, st
     def seen(site: str, text: str) -> None:
         audit.note(experiment.id, f"{site}: {text}")
 
-    engine = RemoteEngine(link, experiment.id, limits, seen, standing.lost)
+    engine = RemoteEngine(link, experiment.id, recipe.method, recipe.wire, limits, seen, standing.lost)
     deployable(recipe)
     schedule = _schedule(experiment)
     greeted = _greeted(engine, experiment, watch, standing.said)

@@ -24,10 +24,10 @@ from fedloom.deploy.policy import SiteConfig, allowed, data_fingerprint
 from fedloom.engines.local import Participant
 from fedloom.engines.messages import Message, digest, sent
 from fedloom.errors import FedloomError, PolicyError, StoreError, UpdateError
-from fedloom.federation import site_evaluate, site_round
+from fedloom.federation import End, own_state, site_evaluate, site_round
 from fedloom.recipe import Recipe
 from fedloom.store import Store, write
-from fedloom.tensors import Private, Shared, Tensors, from_bytes
+from fedloom.tensors import Shared, Tensors, from_bytes
 from fedloom.views import measured
 
 log = logging.getLogger(__name__)
@@ -112,14 +112,13 @@ class Resident:
         if not 0 <= round <= self._loaded.recipe.federation.rounds:
             raise PolicyError(f"there is no round {round} in the recipe that this site was told of")
         self.audit.frame(name, f"came from the server: '{message['kind']}' of round {round + 1}", frame)
-        shared = Shared(from_bytes(frame))
         match message.get("kind"):
             case "round":
-                return self._round(self._loaded, round, shared)
+                return self._round(self._loaded, round, frame)
             case "evaluate":
-                return self._evaluate(self._loaded, round, shared)
+                return self._evaluate(self._loaded, round, Shared(from_bytes(frame)))
             case "personalise":
-                return self._personalise(self._loaded, round, shared)
+                return self._personalise(self._loaded, round, Shared(from_bytes(frame)))
         raise UpdateError(f"this site does not know what '{message.get('kind')}' asks for")
 
     def _hello(self, experiment: str, message: Message) -> dict[str, Any]:
@@ -151,23 +150,23 @@ class Resident:
         self.audit.note(experiment, f"sent to the server: ready, with {reply['examples']} examples")
         return reply
 
-    def _round(self, loaded: Loaded, round: int, shared: Shared) -> dict[str, Any]:
-        update = site_round(loaded.recipe.method, loaded.own.site, loaded.own.store, round, shared)
-        reply = dict(sent(replace(update, metrics=self.config.policy.leaving(update.metrics))))
-        self.audit.frame(loaded.experiment, f"sent to the server: update of round {round + 1}", reply["frame"])
-        return reply
+    def _round(self, loaded: Loaded, round: int, frame: bytes) -> dict[str, Any]:
+        end = End(loaded.own.store, loaded.recipe.wire)
+        update, packed = site_round(loaded.recipe.method, loaded.own.site, end, round, frame)
+        self.audit.frame(loaded.experiment, f"sent to the server: update of round {round + 1}", packed)
+        return dict(sent(replace(update, metrics=self.config.policy.leaving(update.metrics)), packed))
 
     def _evaluate(self, loaded: Loaded, round: int, shared: Shared) -> dict[str, Any]:
         own, dataset = loaded.own, loaded.own.site.held_out
         if not len(dataset):
             raise UpdateError("it has no held_out examples")
-        private = Private(own.store.before(round + 1)[1])
+        private = own_state(own.store.before(round + 1)[1])
         metrics = site_evaluate(loaded.recipe.method, own.site, private, shared, dataset)
         return self._figures(loaded, f"held-out metrics of round {round + 1}", len(dataset), metrics)
 
     def _personalise(self, loaded: Loaded, rounds: int, shared: Shared) -> dict[str, Any]:
         method, own = loaded.recipe.method, loaded.own
-        private = Private(own.store.before(rounds)[1])
+        private = own_state(own.store.before(rounds)[1])
         if epochs := loaded.recipe.training.finetune:
             private = method.personalise(own.site, shared, private, epochs)
             own.store.personalised(private)

@@ -1,7 +1,7 @@
 """What crosses between a server and a site that trust each other with nothing.
 
-A message is a flat table: numbers, texts, and under `frame` the tensors, as safetensors. Whoever receives one checks
-every value before it is used.
+A message is a flat table: numbers, texts, and under `frame` the tensors, as the recipe's wire packs them. Whoever
+receives one checks every value before it is used.
 """
 
 import hashlib
@@ -9,9 +9,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from fedloom.errors import StoreError, UpdateError
+from fedloom.errors import UpdateError
 from fedloom.site import Update
-from fedloom.tensors import Shared, Tensors, from_bytes, squared_distance, to_bytes
+from fedloom.tensors import Shared, Tensors, squared_distance
 
 Message: TypeAlias = Mapping[str, Any]
 TOPIC = "fedloom"  # what messages are called where a carrier has others too
@@ -22,18 +22,18 @@ def digest(frame: bytes) -> str:
     return hashlib.sha256(frame).hexdigest()[:16]
 
 
-def sent(update: Update) -> Message:
-    """An update, as a site sends it."""
+def sent(update: Update, frame: bytes) -> Message:
+    """An update, as a site sends it; its tensors are in the frame."""
     return {
-        "frame": to_bytes(update.tensors),
+        "frame": frame,
         "weight": float(update.weight),
         "examples": update.examples,
         "metrics": {name: float(value) for name, value in update.metrics.items()},
     }
 
 
-def received(site: str, message: Message, most: int) -> Update:
-    """The update in a site's reply.
+def received(site: str, message: Message, most: int) -> tuple[Update, bytes]:
+    """The update in a site's reply, without its tensors, and the frame that holds them, which is not read yet.
 
     most: bytes that its frame may have
     raises UpdateError: naming the site, for anything that is no update
@@ -45,11 +45,7 @@ def received(site: str, message: Message, most: int) -> Update:
         raise UpdateError(f"site '{site}' sent {len(frame):,} bytes, more than the {most:,} that are allowed.")
     if not isinstance(weight, float) or not isinstance(examples, int) or isinstance(examples, bool) or examples < 0:
         raise UpdateError(f"site '{site}' sent the weight {weight!r} and {examples!r} examples.")
-    try:
-        tensors = from_bytes(frame)
-    except StoreError as e:
-        raise UpdateError(f"site '{site}' sent a frame that cannot be read: {e}") from None
-    return Update(Shared(tensors), weight, examples, figures(site, message))
+    return Update(Shared({}), weight, examples, figures(site, message)), frame
 
 
 def figures(site: str, message: Message) -> dict[str, float]:

@@ -9,16 +9,18 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from threading import Thread
 from typing import Protocol, TypeVar
 
 from fedloom.engines.messages import Message, digest, figures, moved, received
 from fedloom.errors import LinkError, UpdateError
-from fedloom.federation import visible
+from fedloom.federation import longest, visible
+from fedloom.methods import Method
 from fedloom.site import Answer, Reply, Silence, Update
 from fedloom.tensors import Shared, to_bytes
+from fedloom.wire import Wire
 
 T = TypeVar("T")
 MISSED = 3  # pings in a row without an answer, after which a site counts as lost
@@ -51,6 +53,8 @@ class RemoteEngine:
 
     link: Link
     experiment: str
+    method: Method
+    wire: Wire = field(default_factory=Wire)
     limits: Limits = Limits()
     seen: Callable[[str, str], None] = lambda site, text: None
     lost: dict[str, str] = field(default_factory=dict)  # sites that no longer answer a ping, and since when
@@ -73,20 +77,22 @@ class RemoteEngine:
         return tuple(site for site in sites if site not in waiting)
 
     def round(self, round: int, shared: Shared, sites: Sequence[str]) -> Iterator[Reply]:
-        frame = to_bytes(visible(shared))
+        given, most = visible(shared), longest(shared, self.method)
+        frame = self.wire.give(given)
         for site, reply, seconds in self.ask("round", sites, {"round": round, "frame": frame}):
             if isinstance(reply, Silence):
                 yield reply
                 continue
             try:
-                update = received(site, reply, self.limits.bytes)
+                update, packed = received(site, reply, self.limits.bytes)
+                update = replace(update, tensors=self.wire.receive(site, packed, given, most))
                 self._near(site, update, shared)
             except UpdateError as e:
                 self.seen(site, f"refused in round {round + 1}: {e}")
                 yield Silence(site, f"refused: {e}")
                 continue
-            self.seen(site, f"came: update of round {round + 1}: {_size(reply['frame'])}")
-            yield Answer(site, update, len(reply["frame"]), len(frame), seconds)
+            self.seen(site, f"came: update of round {round + 1}: {_size(packed)}")
+            yield Answer(site, update, len(packed), len(frame), seconds)
 
     def evaluate(self, round: int, shared: Shared, split: str, sites: Sequence[str]) -> Iterator[Reply]:
         message = {"round": round, "split": split, "frame": to_bytes(visible(shared))}
