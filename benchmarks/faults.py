@@ -6,7 +6,6 @@ Experiments follow each other until so many kills were made. What was killed is 
 as a service manager would. Each experiment is compared with the same one in one process.
 """
 
-import os
 import random
 import sys
 import tempfile
@@ -18,7 +17,7 @@ SITES = ("kyiv", "oslo", "rome")
 METHODS = ("fedavg", "feddlp")
 ROUNDS = 20
 SEED = 0
-BETWEEN = float(os.environ.get("FEDLOOM_BETWEEN", "20"))  # seconds from one kill to the next, on average
+WITHIN = 5.0  # seconds after a round has ended since the last kill
 
 
 def main(kills: int, kept: Path | None) -> None:
@@ -27,29 +26,32 @@ def main(kills: int, kept: Path | None) -> None:
 
     from fedloom.deploy.submit import Consortium as Sites
     from fedloom.deploy.submit import run_across
-    from fedloom.events import Event, Note
+    from fedloom.events import Ended, Event, Note
     from fedloom.recipe import load
     from fedloom.runs import run
     from fedloom.store import Store
     from fedloom.tensors import same
 
-    rng, made, going = random.Random(SEED), [], threading.Event()
+    rng, made, moved = random.Random(SEED), [], threading.Event()
 
     def strike(one: Consortium) -> None:
         while len(made) < kills:
-            going.wait()
-            time.sleep(rng.uniform(0, 2 * BETWEEN))
-            if not going.is_set():
+            moved.wait()  # so that a slow machine has more than beginnings
+            time.sleep(rng.uniform(0, WITHIN))
+            if not moved.is_set():
                 continue
             what = rng.choice((SERVER, *SITES))
             if whole := rng.random() < 0.6:
                 one.kill(what)
             elif not one.kill_job(what):
                 continue
+            moved.clear()
             made.append(f"{what}" if whole else f"{what}'s job")
             print(f"{time.strftime('%H:%M:%S')} kill -9 of {made[-1]} ({len(made)})", flush=True)
 
     def watch(event: Event) -> None:
+        if isinstance(event, Ended):
+            moved.set()
         if isinstance(event, Note):
             print(f"{time.strftime('%H:%M:%S')} {event.text}", flush=True)
 
@@ -70,9 +72,8 @@ def main(kills: int, kept: Path | None) -> None:
                     break
                 recipe = load(folder / "squares.toml", {"method.name": METHODS[i % 2], "federation.seed": i})
                 before, began = len(made), time.monotonic()
-                going.set()
                 far = run_across(recipe, Sites(one.project, 300.0), folder / f"far-{i}", False, watch)
-                going.clear()
+                moved.clear()
                 seconds = time.monotonic() - began
                 near = run(recipe, folder / f"near-{i}")
                 equal = same(Store(far.folder / "server").before(ROUNDS)[1], near.shared)
