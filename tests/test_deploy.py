@@ -198,8 +198,8 @@ def changed(**values: Any) -> Callable[[str, dict[str, Any]], dict[str, Any]]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (changed(frame=b"no frame at all"), "cannot be read"),
-        (lambda site, reply: {**reply, "frame": reply["frame"][:-1]}, "cannot be read"),  # truncated
+        (changed(frame=b"no frame at all"), "is not safetensors"),
+        (lambda site, reply: {**reply, "frame": reply["frame"][:-1]}, "is not safetensors"),  # truncated
         (changed(frame=to_bytes({"other": torch.zeros(2)})), "does not fit"),
         (changed(nonce="0" * 32), "to another message"),  # replayed
         (changed(weight=float("nan")), "expected a finite one"),
@@ -372,7 +372,7 @@ def test_a_recipe_for_sites_elsewhere_is_not_run_here(recipe: Path, tmp_path: Pa
         (["deploy", "approve", "none.zip", "--fingerprint", "0"], "is no request that"),
         (["deploy", "status", "--project", "none"], "is no project of"),
         (["deploy", "join", "a b", "--project-name", "trial"], "is no name for a site"),
-        (["site", "start", "--config", "none.toml"], "cannot be read"),
+        (["site", "start", "--config", "none.toml"], "is not safetensors"),
         (["server", "start", "--project", "none"], "is no kit of"),
         (["deploy", "fingerprint", "none"], "no backbone 'none'"),
     ],
