@@ -372,7 +372,7 @@ def test_a_recipe_for_sites_elsewhere_is_not_run_here(recipe: Path, tmp_path: Pa
         (["deploy", "approve", "none.zip", "--fingerprint", "0"], "is no request that"),
         (["deploy", "status", "--project", "none"], "is no project of"),
         (["deploy", "join", "a b", "--project-name", "trial"], "is no name for a site"),
-        (["site", "start", "--config", "none.toml"], "is not safetensors"),
+        (["site", "start", "--config", "none.toml"], "cannot be read"),
         (["server", "start", "--project", "none"], "is no kit of"),
         (["deploy", "fingerprint", "none"], "no backbone 'none'"),
     ],
