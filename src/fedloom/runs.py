@@ -184,6 +184,10 @@ def ended(folder: Path, recipe: Recipe, result: Mapping[str, Any]) -> Run:
 
 
 def checked(folder: Path, recipe: Recipe, resume: bool) -> Path:
+    """The folder, if a run of this recipe may begin in it, or with `resume` go on.
+
+    raises RunError: it is in the way, or holds the run of another recipe
+    """
     written = folder / "recipe.toml"
     if folder.exists() and not folder.is_dir():
         raise RunError(f"'{folder}' is a file; name a folder with --out.")
