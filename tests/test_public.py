@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -17,7 +18,12 @@ from fedloom.adapters import ADAPTERS
 from fedloom.methods import METHODS
 from fedloom.tasks import TASKS
 
-MODULES = sorted(module.name for module in pkgutil.walk_packages(fedloom.__path__, "fedloom."))
+OF_EXTRAS = {"fedloom.engines.nvflare": "nvflare", "fedloom.deploy.job": "nvflare"}  # what they cannot be without
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(fedloom.__path__, "fedloom.")
+    if module.name not in OF_EXTRAS or importlib.util.find_spec(OF_EXTRAS[module.name])
+)
 
 
 def defined(module: ModuleType) -> Iterator[tuple[str, Any]]:

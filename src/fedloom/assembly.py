@@ -75,14 +75,28 @@ def planned(recipe: Recipe) -> Recipe:
     return recipe.altered({f"backbone.{key}": value for key, value in plan.items()})
 
 
-def assemble(recipe: Recipe, tested: bool = True) -> Federation:
+def alone(recipe: Recipe, name: str, group: Group) -> Participant:
+    """One site of a federation, where its data are: all rows of a group's source are its own, whatever they say.
+
+    It is the site of that name in a simulation whose partition gives it these rows, to the bit.
+    """
+    own = {name: replace(recipe.sites[name], joins=0)} if name in recipe.sites else {}
+    data = replace(group.data, partition=Natural(), newcomer=0)
+    recipe = replace(recipe, data=data, task=group.task, groups={}, sites=own)
+    return assemble(recipe, owner=name).participants[name]
+
+
+def assemble(recipe: Recipe, tested: bool = True, owner: str | None = None) -> Federation:
     """Read and check everything that a recipe names; its plan is made (`planned`).
 
     tested: whether sites get their test splits; a choice is made without
+    owner: the site that all rows of the sources are given to; None: the one that each row names
     raises BackboneError, DataError, MethodError, RecipeError
     """
     torch.set_num_threads(THREADS)
     tables = {name: read(group.data.source, group.data.columns) for name, group in recipe.parts.items()}
+    if owner is not None:
+        tables = {name: _owned(table, owner) for name, table in tables.items()}
     named = recipe.backbone  # after the data: what is missing is said before a backbone is fetched
     attention = cast(Attention, named.attention)
     model = backbones.load(named.name, named.towers, getattr(torch, named.dtype), attention, named.checkpointing)
@@ -94,13 +108,17 @@ def assemble(recipe: Recipe, tested: bool = True) -> Federation:
     for name, group in recipe.parts.items():
         examples, pixels = _examples(tables[name], group.data, model, skipped)
         _readable(group, examples, model)
-        tasks[name] = _with_labels(group, examples)
+        tasks[name] = _with_labels(group, examples, whole=owner is None)
         every = dict(_participants(name, group, tasks[name], examples, pixels, model, recipe, tested))
         new = _newcomers(every, group.data, recipe)
         participants |= {site: own for site, own in every.items() if site not in new}
         newcomers |= {site: own for site, own in every.items() if site in new}
     schedule = _schedule(participants, newcomers, recipe)
     return Federation(recipe, model, recipe.method, tasks, participants, newcomers, schedule, tuple(skipped))
+
+
+def _owned(table: Table, owner: str) -> Table:
+    return replace(table, examples=tuple(replace(example, site=owner) for example in table.examples))
 
 
 def site_folder(folder: Path, name: str) -> Path:
@@ -139,11 +157,12 @@ def _readable(group: Group, examples: Sequence[Example], model: Adaptable) -> No
         )
 
 
-def _with_labels(group: Group, examples: Sequence[Example]) -> Task:
+def _with_labels(group: Group, examples: Sequence[Example], whole: bool) -> Task:
+    """`whole`: these are the examples of all sites, among which each label has one."""
     have = vocabulary((example.label for example in examples), group.data.label_minimum)
     if not group.task.labels:
         return _of(group.task, have, f"'{group.data.source}'", group.data)
-    if empty := [label for label in group.task.labels if label not in have]:
+    if whole and (empty := [label for label in group.task.labels if label not in have]):
         raise DataError(
             f"the label '{empty[0]}' of [task] labels has no example in '{group.data.source}'"
             f"{suggestion(empty[0], have)}; leave it out, or add examples."

@@ -21,6 +21,7 @@ from fedloom.recipe import Recipe
 EXTRAS = {  # what each brings
     "bench": ("flwr", "psutil"),
     "dicom": ("pydicom",),
+    "nvflare": ("nvflare",),
     "onnx": ("onnxruntime",),
     "peft": ("peft",),
     "track": ("accelerate", "tensorboard"),

@@ -13,7 +13,10 @@
     ├── ExportError        what cannot be exported as it was asked, or is no longer what was exported
     ├── LawError           a method that breaks a law that every method obeys
     ├── StoreError         a file of state that cannot be read or written
-    └── RunError           a run folder that is in the way, unfinished, or of another recipe
+    ├── RunError           a run folder that is in the way, unfinished, or of another recipe
+    ├── LinkError          a site or a server that cannot be reached
+    ├── PolicyError        a recipe that a site does not allow
+    └── DeployError        a certificate, a kit or a configuration that cannot be used
 
 A message says what was found, what was expected, where, and the remedy. The command line prints it and exits with 2.
 """
@@ -73,3 +76,15 @@ class StoreError(FedloomError):
 
 class RunError(FedloomError):
     """A run folder that is in the way, unfinished, or of another recipe."""
+
+
+class LinkError(FedloomError):
+    """A site or a server that cannot be reached."""
+
+
+class PolicyError(FedloomError):
+    """A recipe that a site does not allow."""
+
+
+class DeployError(FedloomError):
+    """A certificate, a kit or a configuration that cannot be used."""

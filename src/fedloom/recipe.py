@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 BUILT_IN = Path(__file__).resolve().parent / "assets" / "recipes"
 TUNE = "tune"  # of [compare]: no row, but the values that `--tune` tries for each
-UNCOUNTED = {("federation", key) for key in ("engine", "keep", "track")} | {("compare",)}  # they change no result
+# They change no result.
+UNCOUNTED = {("federation", key) for key in ("engine", "keep", "track", "deadline")} | {("compare",)}
+    ("compare",)
+}  # change no result
 # Keys that came later, and the values by which results are what they were before.
 LATER: Mapping[tuple[str, ...], tuple[Any, ...]] = {
     ("backbone", "kernels"): ("auto", "plain"),
@@ -183,6 +186,11 @@ def load(source: str | Path, overrides: Overrides = ()) -> Recipe:
     return _recipe(_altered(_located(_read(path, file), path.parent), _here(overrides), file), file)
 
 
+def parsed(text: str, file: str) -> Recipe:
+    """The recipe in a text, as `dump` writes it; `file` is what messages call it. Raises RecipeError."""
+    return _recipe(_table(text, file), file)
+
+
 def _found(source: str | Path) -> tuple[Path, str]:
     built_in = {path.stem: path for path in sorted(BUILT_IN.glob("*.toml"))}
     if str(source) in built_in:
@@ -197,13 +205,18 @@ def _found(source: str | Path) -> tuple[Path, str]:
 
 def _read(path: Path, file: str) -> Table:
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return _table(path.read_text("utf-8"), file)
     except OSError as error:
         raise RecipeError(f"{file} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise RecipeError(
             f"{file} is not a text in UTF-8: byte {error.start} is {error.object[error.start]:#x}."
         ) from None
+
+
+def _table(text: str, file: str) -> Table:
+    try:
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{file} is not TOML: {error}.") from None
 

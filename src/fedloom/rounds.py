@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,38 +11,76 @@ from fedloom.assembly import Federation
 from fedloom.engines.local import LocalEngine
 from fedloom.errors import RunError
 from fedloom.events import Began, Ended, Note, Replied, Watch
-from fedloom.federation import Engine, Round, federate, own_state, visible
+from fedloom.federation import Engine, Round, Schedule, federate, own_state, visible
 from fedloom.methods import Method, Pooled
+from fedloom.sections import Federation as Options
 from fedloom.site import Answer, Reply
 from fedloom.store import Store, write
 from fedloom.tensors import Private, Shared
 
 
+@dataclass(frozen=True)
+class Course:
+    """The rounds of a method: by which engine, and what is known of each site."""
+
+    stage: str
+    method: Method
+    engine: Engine
+    schedule: Schedule
+    options: Options
+    kinds: Mapping[str, str]  # by site: under what its figures are averaged
+    metrics: Mapping[str, str]  # by site: its task's own metric
+    held: Callable[[str], Sequence[int]]  # the rounds of which a site holds a state
+
+
 def train(
     stage: str, method: Method, federation: Federation, folder: Path, watch: Watch
 ) -> tuple[Shared, dict[str, Private]]:
-    """All rounds of a method, from its newest checkpoint, and what each site does after the last."""
-    options, schedule = federation.recipe.federation, federation.schedule
-    engine = federation.engine(method, folder)
-    checkpoints = Store(folder / "server", options.keep)
+    """All rounds of a method in this process, and what each site does after the last."""
+    schedule, engine = federation.schedule, federation.engine(method, folder)
     if isinstance(method, Pooled):
         watch(Note(f"{stage}: all training data at one place"))
-        return _pooled(method, engine, checkpoints, federation)
-    last, shared = _resumed(checkpoints, engine, lines := lines_of(folder))
+        return _pooled(method, engine, Store(folder / "server", federation.recipe.federation.keep), federation)
+    course = Course(
+        stage,
+        method,
+        engine,
+        schedule,
+        federation.recipe.federation,
+        {name: own.kind for name, own in engine.participants.items()},
+        {name: own.site.task.metric for name, own in engine.participants.items()},
+        lambda name: engine.participants[name].store.rounds(),
+    )
+
+    def start() -> Shared:
+        return method.start(federation.model, federation.task, len(schedule.roster), schedule.seed)
+
+    shared = follow(course, start, folder, watch)
+    return shared, _personalised(method, engine, shared, federation)
+
+
+def follow(course: Course, start: Callable[[], Shared], folder: Path, watch: Watch) -> Shared:
+    """All rounds of a course, from its newest checkpoint: `shared` after the last.
+
+    start: makes what the first round begins with
+    """
+    schedule, options = course.schedule, course.options
+    checkpoints = Store(folder / "server", options.keep)
+    last, shared = _resumed(checkpoints, course, lines := lines_of(folder))
     lines = lines[: last + 1]
     if last < 0:
-        shared = method.start(federation.model, federation.task, len(schedule.roster), schedule.seed)
-    kinds = {name: own.kind for name, own in federation.participants.items()}
-    watch(Began(stage, last + 1, schedule.rounds, len(schedule.roster)))
-    for done in federate(method, _Watched(engine, stage, watch), shared, schedule, last + 1):
+        shared = start()
+    watch(Began(course.stage, last + 1, schedule.rounds, len(schedule.roster)))
+    watched = _Watched(course.engine, course.stage, watch)
+    for done in federate(course.method, watched, shared, schedule, last + 1):
         shared = done.shared
         due = options.evaluate_every and (done.round + 1) % options.evaluate_every == 0
-        lines.append(_line(done, kinds, _held_out(engine, done, federation) if due else {}))
+        lines.append(_line(done, course.kinds, _held_out(course, done) if due else {}))
         # The line first: after a kill between the two the round is run again, and says the same.
         write(folder / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
         checkpoints.after(done.round, shared)
-        watch(Ended(stage, lines[-1]))
-    return shared, _personalised(method, engine, shared, federation)
+        watch(Ended(course.stage, lines[-1]))
+    return shared
 
 
 def _pooled(
@@ -58,13 +96,13 @@ def _pooled(
     return shared, _personalised(method, engine, shared, federation)
 
 
-def _resumed(checkpoints: Store, engine: LocalEngine, lines: Sequence[Mapping[str, Any]]) -> tuple[int, Shared]:
+def _resumed(checkpoints: Store, course: Course, lines: Sequence[Mapping[str, Any]]) -> tuple[int, Shared]:
     """The newest round after which server and sites have all that it left; later ones are run again."""
     last, tensors = checkpoints.before(len(lines))
-    for name, own in engine.participants.items():
+    for name in course.schedule.roster:
         answered = [line["round"] for line in lines[: last + 1] if line["sites"].get(name, {}).get("answered")]
-        if answered and own.store.before(last + 1)[0] < answered[-1]:
-            return _resumed(checkpoints, engine, lines[: answered[-1]])
+        if answered and max((r for r in course.held(name) if r <= last), default=-1) < answered[-1]:
+            return _resumed(checkpoints, course, lines[: answered[-1]])
     return last, Shared(tensors)
 
 
@@ -96,11 +134,10 @@ class _Watched:
         return self.engine.evaluate(round, shared, split, sites)
 
 
-def _held_out(engine: Engine, done: Round, federation: Federation) -> dict[str, float]:
-    replies = engine.evaluate(done.round, done.shared, "held_out", done.asked)
-    metric = {name: own.site.task.metric for name, own in federation.participants.items()}
+def _held_out(course: Course, done: Round) -> dict[str, float]:
+    replies = course.engine.evaluate(done.round, done.shared, "held_out", done.asked)
     metrics = {reply.site: reply.update.metrics for reply in replies if isinstance(reply, Answer)}
-    return {site: own[metric[site]] for site, own in metrics.items() if metric[site] in own}
+    return {site: own[course.metrics[site]] for site, own in metrics.items() if course.metrics[site] in own}
 
 
 def _line(done: Round, kinds: Mapping[str, str], held_out: Mapping[str, float]) -> dict[str, Any]:

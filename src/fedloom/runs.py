@@ -158,8 +158,10 @@ def run(recipe: Recipe | str | Path, out: str | Path, resume: bool = False, watc
     raises RunError: the folder is in the way, or holds the run of another recipe
     """
     recipe = planned(recipe if isinstance(recipe, Recipe) else load(recipe))
-    folder = _checked(Path(out), recipe, resume)
+    folder = checked(Path(out), recipe, resume)
     done = Run(folder)
+    if recipe.federation.engine != "local":
+        raise RunError("fedloom.run is of one process; across sites it is `fedloom run --engine nvflare`.")
     if done.finished and done.recipe.federation.rounds == recipe.federation.rounds:
         write_report(folder)  # a kill may have come before it
         return done
@@ -167,34 +169,49 @@ def run(recipe: Recipe | str | Path, out: str | Path, resume: bool = False, watc
         federation = assemble(recipe)
         # Only now: what cannot be read leaves no run behind.
         write(folder / "recipe.toml", f"{WRITTEN} {__version__}\n{recipe.dump()}".encode())
-        summary = _summary(recipe, federation, folder, told)
-    write(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    write_report(folder)
-    return Run(folder)
+        result = _measured(recipe, federation, folder, told)
+    return ended(folder, recipe, result)
 
 
-def _summary(recipe: Recipe, federation: Federation, folder: Path, watch: Watch) -> dict[str, Any]:
+def _measured(recipe: Recipe, federation: Federation, folder: Path, watch: Watch) -> dict[str, Any]:
     for reason in federation.skipped:
         watch(Note(reason))
     shared, privates = train(recipe.method_name, recipe.method, federation, folder, watch)
     answered = own_tests(federation, recipe.method, shared, privates)
     return {
-        "fedloom": __version__,
-        "recipe": recipe.id,
-        "method": recipe.method_name,
-        "seed": recipe.federation.seed,
-        "rounds": recipe.federation.rounds,
         "views": views(federation, recipe.method, shared, privates, answered),
         "references": dict(_references(federation, folder, watch, answered)),
         "left_out": left_out(federation),
         "details": {name: said.details() for name, said in answered.items()},
         "lineage": lineage(federation),
         "skipped_images": len(federation.skipped),
-        **totals(lines_of(folder)),
     }
 
 
-def _checked(folder: Path, recipe: Recipe, resume: bool) -> Path:
+def ended(folder: Path, recipe: Recipe, result: Mapping[str, Any]) -> Run:
+    """The run in a folder whose rounds are all there, with its summary and its report.
+
+    result: of the summary, what has to be measured: views, references, left_out, skipped_images
+    """
+    summary = {
+        "fedloom": __version__,
+        "recipe": recipe.id,
+        "method": recipe.method_name,
+        "seed": recipe.federation.seed,
+        "rounds": recipe.federation.rounds,
+        **result,
+        **totals(lines_of(folder)),
+    }
+    write(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    write_report(folder)
+    return Run(folder)
+
+
+def checked(folder: Path, recipe: Recipe, resume: bool) -> Path:
+    """The folder, if a run of this recipe may begin in it, or with `resume` go on.
+
+    raises RunError: it is in the way, or holds the run of another recipe
+    """
     written = folder / "recipe.toml"
     if folder.exists() and not folder.is_dir():
         raise RunError(f"'{folder}' is a file; name a folder with --out.")

@@ -23,13 +23,14 @@ class Federation:
 
     rounds: Positive = 10
     seed: Count = 0
-    engine: Literal["local"] = "local"  # every site in this process
+    engine: Literal["local", "nvflare"] = "local"  # every site in this process, or each where its data are
     participation: Annotated[float, Gt(0), Le(1)] = 1.0  # the fraction of the sites that is asked each round
     quorum: Annotated[float, Gt(0), Le(1)] = 1.0  # the fraction of the asked sites that must answer
     group: Positive = 1  # sites that train in one pass; with more, results differ by rounding
     evaluate_every: Count = 1  # rounds between evaluations on the held-out examples; 0: never
     keep: Positive = 3  # checkpoints of the server
     track: tuple[Literal["mlflow", "tensorboard", "trackio", "wandb"], ...] = ()  # boards that are told of every round
+    deadline: Annotated[float, Gt(0)] = 3600.0  # seconds in which a site has to answer, where sites are elsewhere
 
 
 @dataclass(frozen=True)

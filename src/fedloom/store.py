@@ -36,6 +36,11 @@ class Store:
                 return number, tensors
         return -1, {}
 
+    def rounds(self) -> tuple[int, ...]:
+        """The rounds of which there is a state that can be read, the oldest first."""
+        paths = sorted(self.folder.glob("[0-9]*.safetensors"))
+        return tuple(int(path.name.partition("-")[0]) for path in paths if self._read(path) is not None)
+
     def after(self, round: int, tensors: Tensors) -> None:
         """Keep the state that a round left. Later rounds, of a run that was set back, are dropped.
 

@@ -7,7 +7,7 @@ from fedloom.cli import running
 from fedloom.cli import benching, comparing, exporting
 
 # isort: split
-from fedloom.cli import starting
+from fedloom.cli import deploying, starting
 from fedloom.cli.app import app, main
 
-__all__ = ["app", "benching", "comparing", "exporting", "main", "running", "starting"]
+__all__ = ["app", "benching", "comparing", "deploying", "exporting", "main", "running", "starting"]

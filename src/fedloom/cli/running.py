@@ -23,12 +23,18 @@ def run(
         list[str] | None,
         typer.Option("--track", metavar="NAME", help="tensorboard, wandb, mlflow or trackio. Repeatable."),
     ] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", metavar="ENGINE", help="local, or nvflare: across a project's sites.")
+    ] = None,
+    project: Annotated[
+        Path, typer.Option("--project", metavar="DIR", help="The coordinator's folder; of --engine nvflare.")
+    ] = Path(),
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read and check everything, estimate time, memory, disk and bytes.")
     ] = False,
 ) -> None:
     """Run a federation, and show what each site gained."""
-    asked = loaded(recipe, settings)
+    asked = loaded(recipe, [*(settings or ()), *([f"federation.engine={engine}"] if engine else ())])
     if track:
         asked = asked.altered({"federation.track": track})
     folder = out or Path("runs") / Path(recipe).stem
@@ -43,7 +49,12 @@ def run(
     from fedloom.runs import run as run_recipe
 
     with watching() as watch:
-        done = run_recipe(asked, folder, resume=resume, watch=watch)
+        if asked.federation.engine == "nvflare":
+            from fedloom.deploy.submit import Consortium, run_across
+
+            done = run_across(asked, Consortium(project), folder, resume, watch)
+        else:
+            done = run_recipe(asked, folder, resume=resume, watch=watch)
     print(table(done.summary))
     print(f"\nReport: {done.folder / 'report.html'}")
 
