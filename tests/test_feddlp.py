@@ -393,7 +393,10 @@ def test_a_joint_round_is_plain_training_with_a_forward_for_every_use(
     oxford = site(task=PROMPTS, training=Training(lr=1e-2, optimiser="sgd", batch=4, clip=0.02))
     shared = method.start(oxford.model, oxford.task, 1, seed=0)
     batch = next(oxford.batches(0))
-    mine, ours = State(oxford.model.init(method.local, 5)), State(shared)
+    mine, ours = (
+        State({name: t + 0.1 * torch.randn(t.shape, generator=generator("off", name)) for name, t in start.items()})
+        for start in (oxford.model.init(method.local, 5), shared)  # whose B are zero
+    )
     local, common, _ = method._steps(0, oxford, batch, mine, ours)
     task = oxford.task
 
