@@ -118,8 +118,9 @@ class RemoteEngine:
             if site not in self.lost and site not in self.refused
         }
         if frame := message.get("frame"):
+            size = _size(frame)
             for site in tasks:
-                self.seen(site, f"sent '{kind}' of round {message['round'] + 1}: {_size(frame)}")
+                self.seen(site, f"sent '{kind}' of round {message['round'] + 1}: {size}")
         missed = dict.fromkeys(tasks, 0)
         for site in sites:
             reply = self._awaited(site, tasks, missed, began + self.limits.deadline)
