@@ -20,9 +20,10 @@ from transformers import AutoModel, BertTokenizer, ViTImageProcessorPil
 
 from fedloom.adapters import BitFit, Bottleneck, Everything, Head, LoRA, Norms
 from fedloom.backbones import albef, load
-from fedloom.backbones.adaptable import Adaptable, Batch
+from fedloom.backbones.adaptable import Adaptable
 from fedloom.backbones.albef import Albef, Tree
 from fedloom.backbones.albef_model import AlbefConfig, AlbefModel
+from fedloom.backbones.batches import Batch
 from fedloom.errors import BackboneError, DataError
 from fedloom.places import Added
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fedloom import lowrank
 from fedloom.adapters import Head, LoRA, Sum
-from fedloom.backbones.adaptable import Adaptable, Batch, Features
+from fedloom.backbones.adaptable import Adaptable
+from fedloom.backbones.batches import Batch, Features
 from fedloom.backbones.clip import CLIP
 from fedloom.check import check_method, federation
 from fedloom.distillation import divergence

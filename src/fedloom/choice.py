@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fedloom.backbones.adaptable import Batch
+from fedloom.backbones.batches import Batch
 from fedloom.places import Adapter
 from fedloom.site import Site
 from fedloom.tensors import Tensors

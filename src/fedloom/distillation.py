@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedloom.backbones.adaptable import Batch, Features
+from fedloom.backbones.batches import Batch, Features
 from fedloom.errors import MethodError
 from fedloom.site import Site
 from fedloom.tasks import Classification, Detection, Task

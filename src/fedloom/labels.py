@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from fedloom.errors import DataError
+
 Label = str | tuple[str, ...]
 
 
@@ -42,3 +44,9 @@ def soft_cross_entropy(logits: Tensor, scores: Tensor) -> Tensor:
 def several(label: Label) -> tuple[str, ...]:
     """The labels of one example."""
     return (label,) if isinstance(label, str) else label
+
+
+def once(labels: Sequence[str], what: str) -> None:
+    """Raises DataError where one of a task's labels stands twice; `what` they are: answers, labels."""
+    if twice := [label for label, count in Counter(labels).items() if count > 1]:
+        raise DataError(f"the task needs each {what} once; twice: {twice}.")

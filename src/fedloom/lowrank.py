@@ -96,6 +96,18 @@ def beside(own: Tensors, given: Tensors) -> dict[str, Tensor]:
     return both
 
 
+def summed(own: Tensors, given: Tensors, ratio: float) -> dict[str, Tensor]:
+    """Two LoRAs as a plain one that adds what both add; `ratio`: of the scale of `given` to that of `own`."""
+    mine, theirs = products(own), products(given, ratio)
+    return adapter({place: joined([(mine[place], 1.0), (theirs[place], 1.0)]) for place in theirs})
+
+
+def opened(tensors: Tensors) -> dict[str, Tensor]:
+    """A LoRA with gates that let all through, where it has none yet."""
+    gates = {f"{place}/gate": torch.ones(len(own["A"])) for place, own in by_place(tensors).items()}
+    return {**gates, **tensors}
+
+
 def rank(tensors: Tensors) -> int:
     """The largest rank of a LoRA."""
     return max(leaves["A"].shape[0] for leaves in by_place(tensors).values())

@@ -87,3 +87,13 @@ def reliability(probabilities: Tensor, targets: Tensor) -> Tensor:
     p, y = probabilities.double().flatten(), targets.double().flatten()
     bins = (p * BINS).long().clamp(max=BINS - 1)
     return torch.zeros(BINS, 3, dtype=torch.float64).index_add_(0, bins, torch.stack([torch.ones_like(p), p, y], 1))
+
+
+def of_one(scores: Tensor) -> Tensor:
+    """(n, 2): the parts of a mean over examples, which each adds its score and one to."""
+    return torch.stack([scores, torch.ones_like(scores)], 1)
+
+
+def loss_of(value: Tensor) -> dict[str, float]:
+    """A loss as a metric; none is told over labels that a site does not know."""
+    return {"loss": float(value)} if value.isfinite() else {}

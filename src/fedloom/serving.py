@@ -6,9 +6,10 @@ A method's `serve` may return any function of a batch. What it returns as a valu
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from fedloom.backbones.adaptable import Batch
+from fedloom.backbones.batches import Batch
 from fedloom.places import Adapter
 from fedloom.site import Site
 from fedloom.tensors import Tensors
@@ -39,3 +40,16 @@ class Blend:
     def __call__(self, batch: Batch) -> Tensor:
         """Logits, (n, labels)."""
         return self.mix({name: part(batch) for name, part in self.parts.items()})
+
+
+def blended(parts: Mapping[str, Served], weight: float, alone: str) -> Served | Blend:
+    """A mean of two parts' logits, `weight` of those of the first; where one has all of it, that one by itself."""
+    first, second = parts
+    if weight in (0.0, 1.0):
+        return parts[first if weight else second]
+    return Blend(
+        parts,
+        lambda logits: torch.lerp(logits[second], logits[first], weight),
+        f"the mean of the logits, {weight:.6g} of those of '{first}' and the rest of '{second}'",
+        alone,
+    )

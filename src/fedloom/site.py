@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedloom.backbones.adaptable import Adaptable, Batch
+from fedloom.backbones.adaptable import Adaptable
+from fedloom.backbones.batches import Batch
 from fedloom.data import Dataset
 from fedloom.errors import DataError
 from fedloom.places import Adapter

@@ -18,7 +18,7 @@ from fedloom.errors import TrainingError
 from fedloom.tensors import Tensors, at, detached, under
 
 if TYPE_CHECKING:
-    from fedloom.backbones.adaptable import Batch
+    from fedloom.backbones.batches import Batch
     from fedloom.site import Site
 
 Count: TypeAlias = Annotated[int, Ge(0)]

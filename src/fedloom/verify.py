@@ -24,7 +24,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fedloom.adapters import LoRA
-from fedloom.backbones.adaptable import Adaptable, Batch, Features
+from fedloom.backbones.adaptable import Adaptable
+from fedloom.backbones.batches import Batch, Features
 from fedloom.data import Dataset
 from fedloom.errors import DataError, FedloomError, LawError, MethodError, RecipeError, UpdateError
 from fedloom.federation import visible

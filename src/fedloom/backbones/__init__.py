@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from fedloom.backbones.adaptable import Adaptable, Batch, Features, Network
+from fedloom.backbones.adaptable import Adaptable, Network
+from fedloom.backbones.batches import Batch, Features
 from fedloom.errors import BackboneError
 
 __all__ = ["Adaptable", "Batch", "Features", "Network", "load"]

@@ -7,8 +7,7 @@ hooks, replaced ones by `torch.func.functional_call`. One backbone in memory ser
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,33 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fedloom.adapters import Everything, Head
+from fedloom.backbones.batches import Batch, Features, form, joined
 from fedloom.errors import AdapterError
 from fedloom.fused import FUSED, Fused
 from fedloom.parted import Parted
 from fedloom.places import Adapter, Added, Inserted, Place, Replaced, Scaled
 from fedloom.tensors import RESERVED, Tensors, by_place, generator, padded
-
-
-@dataclass(frozen=True)
-class Batch:
-    """n examples, as a backbone takes them."""
-
-    targets: Tensor  # (n) class numbers, or (n, classes) soft or several-hot scores
-    images: Tensor | None = None  # (n, 3, height, width) uint8; where sizes differ a fourth channel, 0 in the padding
-    texts: tuple[str, ...] | None = None  # n questions, reports or sentences
-    candidates: tuple[str, ...] | None = None  # what each example is scored against: class prompts, captions, answers
-    prefix: Tensors = field(default_factory=dict)  # what a frozen prefix made of the examples, (n, ...) each
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a backbone makes of a batch."""
-
-    pooled: Tensor  # (n, dim), for a head
-    scores: Tensor | None = None  # (n, candidates) logits, where the batch has candidates
 
 
 def has_bf16() -> bool:
@@ -169,7 +147,7 @@ class Adaptable:
         """
         batches, adapters, tensors = zip(*asked, strict=True)
         own = [self._own(one) for one in tensors]
-        alike = all(places.keys() == own[0].keys() for places in own) and len({_form(batch) for batch in batches}) == 1
+        alike = all(places.keys() == own[0].keys() for places in own) and len({form(batch) for batch in batches}) == 1
         trunk = all(place.tower == self.network.trunk for place in self.places if place.name in own[0])
         if not (alike and trunk and all(isinstance(adapter, Added) for adapter in adapters)):
             return [self(*one) for one in asked]
@@ -179,7 +157,7 @@ class Adaptable:
             for place, leaves in places.items()
             for leaf, tensor in leaves.items()
         }
-        whole = self(_joined(batches), Parted(adapters), parts)
+        whole = self(joined(batches), Parted(adapters), parts)
         n = len(batches[0])
         scores = [None] * len(asked) if whole.scores is None else torch.split(whole.scores, n)
         return [Features(*pair) for pair in zip(torch.split(whole.pooled, n), scores, strict=True)]
@@ -299,25 +277,6 @@ class Adaptable:
         for module in self.network.module.modules():
             if getattr(module, "gradient_checkpointing", False):
                 module.training = True  # which is when Hugging Face checkpoints; its layers stay in eval mode
-
-
-def _form(batch: Batch) -> tuple[object, ...]:
-    """What must be equal in batches that become one."""
-    images = None if batch.images is None else batch.images.shape
-    prefix = tuple((name, tensor.shape) for name, tensor in batch.prefix.items())
-    return len(batch), images, batch.texts is None, batch.candidates, prefix
-
-
-def _joined(batches: Sequence[Batch]) -> Batch:
-    """Batches of one form, one after the other; their targets, which no backbone reads, are left out."""
-    first = batches[0]
-    return Batch(
-        torch.zeros(sum(map(len, batches))),
-        None if first.images is None else torch.cat([cast(Tensor, batch.images) for batch in batches]),
-        None if first.texts is None else tuple(text for batch in batches for text in batch.texts or ()),
-        first.candidates,
-        {name: torch.cat([batch.prefix[name] for batch in batches]) for name in first.prefix},
-    )
 
 
 def _seen(mask: Any, n: int) -> Any:

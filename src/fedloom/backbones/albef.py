@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fedloom.backbones.adaptable import Batch, Features
+from fedloom.backbones.batches import Batch, Features
 from fedloom.backbones.text import Tokens, written
 from fedloom.errors import BackboneError, DataError
 from fedloom.places import Place

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from fedloom.backbones.adaptable import Batch, Features, Junction
+from fedloom.backbones.adaptable import Junction
+from fedloom.backbones.batches import Batch, Features
 from fedloom.errors import BackboneError, DataError
 from fedloom.places import Place
 from fedloom.tensors import Tensors

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fedloom.backbones.adaptable import Batch, Features
+from fedloom.backbones.batches import Batch, Features
 from fedloom.errors import BackboneError, DataError
 from fedloom.places import Place
 from fedloom.tensors import Tensors

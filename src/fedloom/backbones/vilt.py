@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from fedloom.backbones.adaptable import Batch, Features
+from fedloom.backbones.batches import Batch, Features
 from fedloom.backbones.text import Stack, Tokens, written
 from fedloom.errors import BackboneError, DataError
 from fedloom.places import Place

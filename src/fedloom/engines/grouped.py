@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fedloom.backbones.adaptable import Adaptable, Batch, Call, Features
+from fedloom.backbones.adaptable import Adaptable, Call
+from fedloom.backbones.batches import Batch, Features
 from fedloom.places import Adapter
 from fedloom.tensors import RESERVED, Tensors
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fedloom.backbones import Attention, load
-from fedloom.backbones.adaptable import Adaptable, Batch
+from fedloom.backbones.adaptable import Adaptable
+from fedloom.backbones.batches import Batch
 from fedloom.errors import ExportError, StoreError
 from fedloom.export import about
 from fedloom.export.about import About

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fedloom.backbones.adaptable import Batch, Network
+from fedloom.backbones.adaptable import Network
+from fedloom.backbones.batches import Batch
 from fedloom.tasks import Task
 from fedloom.tensors import generator
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fedloom.backbones import load
-from fedloom.backbones.adaptable import Adaptable, Batch
+from fedloom.backbones.adaptable import Adaptable
+from fedloom.backbones.batches import Batch
 from fedloom.errors import ExportError
 from fedloom.recipe import Recipe
 from fedloom.serving import Blend, Served

@@ -5,7 +5,8 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from fedloom.backbones.adaptable import Adaptable, Batch
+from fedloom.backbones.adaptable import Adaptable
+from fedloom.backbones.batches import Batch
 from fedloom.methods.ditto import Ditto
 from fedloom.methods.ensemble import Ensemble
 from fedloom.methods.fedavg import FedAvg

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fedloom import sharing
 from fedloom.adapters import LoRA
-from fedloom.backbones.adaptable import Adaptable, Batch
+from fedloom.backbones.adaptable import Adaptable
+from fedloom.backbones.batches import Batch
 from fedloom.places import Adapter
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task

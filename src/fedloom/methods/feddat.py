@@ -33,7 +33,8 @@ from torch import Tensor
 
 from fedloom import sharing
 from fedloom.adapters import Bottleneck, LoRA
-from fedloom.backbones.adaptable import Adaptable, Batch
+from fedloom.backbones.adaptable import Adaptable
+from fedloom.backbones.batches import Batch
 from fedloom.distillation import divergence
 from fedloom.serving import Served
 from fedloom.site import Answer, Site, Update

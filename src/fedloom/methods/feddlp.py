@@ -12,9 +12,8 @@ For each batch, in this order (`schedule = "alternating"`):
 2. the global adapter: gradient of L_g, Z_l a constant, of the local adapter as step 1 left it; AdamW
 
 Z_g does not move in step 1, so that one forward can give it as teacher and as student (`reuse`): three forwards a batch
-in place of four, with the same bits, but both branches' activations in memory at once (ViT-B/32, batches of 16: 1.5
-times the memory of FedAvg-LoRA, in place of 1.04). `"joint"` takes both gradients at one point, from one pass over both
-branches' rows.
+in place of four, with the same bits, but both branches' activations in memory at once. `"joint"` takes both gradients
+at one point, from one pass over both branches' rows.
 
 The site sends its global adapter; the server takes the mean of A and that of B, weighted by examples. Ranks whose gate
 is zero leave the local adapter at the round's end (`fedloom.pruning`). The moments of both adapters stay at the site
@@ -53,14 +52,15 @@ from torch import Tensor
 
 from fedloom import choice, lowrank, rotation
 from fedloom.adapters import LoRA, Width
-from fedloom.backbones.adaptable import Adaptable, Batch, Features
+from fedloom.backbones.adaptable import Adaptable
+from fedloom.backbones.batches import Batch, Features
 from fedloom.distillation import Lesson
 from fedloom.errors import MethodError
 from fedloom.pruning import Pruning, ranks
-from fedloom.serving import Blend, Served
+from fedloom.serving import Served, blended
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
-from fedloom.tensors import Private, Shared, Tensors, at, by_place, part, under, without
+from fedloom.tensors import Private, Shared, Tensors, at, part, under, without
 from fedloom.training import Count, State, Training, descend, gradient, head, leaves, placed
 
 log = logging.getLogger(__name__)
@@ -210,9 +210,7 @@ class FedDLP:
         local, branch = site.model.together([(batch, self.local, own), (batch, self.shared, free)])
         Z_l = self.lesson.logits(site.task, local, own, batch)
         Z_g = self.lesson.logits(site.task, branch, part("head", mine.tensors), batch)
-        loss = self.lesson.value(site.task, Z_l, Z_g, self._risen(self.gamma, round), batch)
-        if self.pruning is not None:
-            loss = loss + self.pruning.penalty(own)
+        loss = self.lesson.value(site.task, Z_l, Z_g, self._risen(self.gamma, round), batch) + self._penalty(own)
         loss_shared = self.lesson.value(site.task, Z_g, Z_l, self._risen(self.gamma_shared, round), batch)
         slope, _ = gradient(loss + loss_shared, {**at("local", own), **at("shared", free)})
         mine = self._descending(round)(mine, under("local", slope), site.training)
@@ -230,10 +228,11 @@ class FedDLP:
         student = self.lesson.logits(site.task, site.model(batch, self.local, free), free, batch)
         teacher = student if branch is None else self.lesson.logits(site.task, branch, mine.tensors, batch)
         loss = self.lesson.value(site.task, student, teacher, self._risen(self.gamma, round), batch)
-        if self.pruning is not None:
-            loss = loss + self.pruning.penalty(free)
-        slope, value = gradient(loss, free)
+        slope, value = gradient(loss + self._penalty(free), free)
         return self._descending(round)(mine, slope, site.training), value, student.detach()
+
+    def _penalty(self, own: Tensors) -> Tensor | float:
+        return 0.0 if self.pruning is None else self.pruning.penalty(own)
 
     def _descending(self, round: int | str) -> Callable[[State, Tensors, Training], State]:
         return descend if self.pruning is None else self.pruning.descending(round)
@@ -268,9 +267,7 @@ class FedDLP:
         if own := under("local", private):
             return own
         if site.initial:
-            places = by_place(site.initial).items() if self.local.gated else ()
-            gates = {f"{place}/gate": torch.ones(len(own["A"])) for place, own in places}
-            return {**gates, **site.initial}
+            return lowrank.opened(site.initial) if self.local.gated else dict(site.initial)
         fresh = site.model.init(self.local, site.seed)
         if self.share == "both":
             return lowrank.filled(fresh, lowrank.products(under("local", shared)))
@@ -281,22 +278,12 @@ class FedDLP:
     def _predictor(self, site: Site, shared: Shared, own: Tensors, blend: float) -> Callable[[Batch], Tensor]:
         """`blend`: the local branch's part of the logits."""
         if self.predict_with == "both":
-            theirs = lowrank.products(without("local", shared), self._ratio)
-            mine = lowrank.products(without("head", own))
-            joined = {place: lowrank.joined([(mine[place], 1.0), (theirs[place], 1.0)]) for place in theirs}
-            together = {**lowrank.adapter(joined), **part("head", own)}
-            return Served(site, self.local, together)
+            together = lowrank.summed(without("head", own), without("local", shared), self._ratio)
+            return Served(site, self.local, {**together, **part("head", own)})
         weight = {"local": 1.0, "global": 0.0}.get(self.predict_with, blend)
         ours = {**without("local", shared), **part("head", own)}
-        local, given = Served(site, self.local, own), Served(site, self.shared, ours)
-        if weight in (0.0, 1.0):
-            return local if weight else given
-        return Blend(
-            {"local": local, "global": given},
-            lambda logits: torch.lerp(logits["global"], logits["local"], weight),
-            f"the mean of the logits, {weight:.6g} of those of 'local' and the rest of 'global'",
-            alone="predict_with = 'local'",
-        )
+        parts = {"local": Served(site, self.local, own), "global": Served(site, self.shared, ours)}
+        return blended(parts, weight, alone="predict_with = 'local'")
 
     def _kept(self, site: Site, shared: Shared, mine: State) -> dict[str, Tensor]:
         own = {**at("local", without("head", mine.tensors)), **part("head", mine.tensors)}

@@ -38,7 +38,8 @@ from torch import Tensor
 
 from fedloom import alignment, choice, rotation, transport
 from fedloom.adapters import Bottleneck, LoRA
-from fedloom.backbones.adaptable import Adaptable, Batch
+from fedloom.backbones.adaptable import Adaptable
+from fedloom.backbones.batches import Batch
 from fedloom.errors import MethodError
 from fedloom.integration import Fold, combined, distances, exponents, norm, per_tensor, sizes
 from fedloom.permuting import Permuting

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fedloom import lowrank, sharing
 from fedloom.adapters import LoRA
-from fedloom.backbones.adaptable import Adaptable, Batch
+from fedloom.backbones.adaptable import Adaptable
+from fedloom.backbones.batches import Batch
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
 from fedloom.tensors import Private, Shared, at, part, under, without

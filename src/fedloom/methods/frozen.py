@@ -11,7 +11,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from fedloom.adapters import Head
-from fedloom.backbones.adaptable import Adaptable, Batch
+from fedloom.backbones.adaptable import Adaptable
+from fedloom.backbones.batches import Batch
 from fedloom.places import Adapter
 from fedloom.serving import Served
 from fedloom.site import Answer, Site, Update

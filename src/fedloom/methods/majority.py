@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fedloom.adapters import Head
-from fedloom.backbones.adaptable import Adaptable, Batch
+from fedloom.backbones.adaptable import Adaptable
+from fedloom.backbones.batches import Batch
 from fedloom.places import Adapter
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
