@@ -214,16 +214,6 @@ def test_a_lane_gives_the_gradients_of_the_model(model: Adaptable, images: Calla
             torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
 
 
-def test_a_site_that_keeps_nothing_writes_nothing(tmp_path: Path) -> None:
-    store = Store(tmp_path / "site")
-    store.after(0, {})
-    assert not store.folder.exists()
-    assert store.before(1) == (-1, {})
-    store.after(1, {"a": torch.ones(1)})
-    store.after(2, {})  # which is news
-    assert store.before(3) == (2, {})
-
-
 def test_a_group_is_a_key_of_the_recipe(
     fedloom: Callable[..., tuple[int, str, str]], recipe: Path, tmp_path: Path
 ) -> None:

@@ -646,7 +646,7 @@ def test_a_pruned_adapter_loads_in_hugging_face_peft_with_equal_logits(
     path = {place: f"vision_model.encoder.layers.{place.split('.')[1]}" for place in own}
     path = {p: f"{stem}.{'self_attn.q_proj' if p.endswith('q_proj') else 'mlp.fc1'}" for p, stem in path.items()}
     alive = {place: leaves for place, leaves in own.items() if len(leaves["A"])}
-    rank_pattern = {path[place]: len(leaves["A"]) for place, own in alive.items()}
+    rank_pattern = {path[place]: len(own["A"]) for place, own in alive.items()}
     assert len(set(rank_pattern.values())) > 1
     config = LoraConfig(
         target_modules=[path[place] for place in alive],

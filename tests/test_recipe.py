@@ -347,7 +347,7 @@ def test_a_row_is_the_same_from_a_dump(write: Callable[[str], Path], tmp_path: P
         ),
         (
             "federation.engine=nvflair",
-            'engine = "nvflair" in [federation] of mine.toml; expected "local".',
+            'engine = "nvflair" in [federation] of mine.toml; expected "local" or "nvflare"; did you mean \'nvflare\'?',
         ),
         ("training.lr=nan", "lr = NaN in [training] of mine.toml; expected a number above 0."),
         ("training.lr=inf", "lr = Infinity in [training] of mine.toml; expected a number above 0."),

@@ -98,7 +98,7 @@ class Run:
         if last < 0 and self.round is None:
             raise RunError(f"the run in '{self.folder}' has no round yet; go on with it: --resume.")
         if self.round is not None and last != self.round - 1:
-            kept = ", ".join(str(number + 1) for number in checkpoints.kept()) or "none"
+            kept = ", ".join(str(number + 1) for number in checkpoints.rounds()) or "none"
             raise RunError(
                 f"the run in '{self.folder}' no longer has, or never had, what round {self.round} left; it has rounds "
                 f"{kept} ([federation] keep says how many)."

@@ -42,12 +42,7 @@ class Store:
         return tuple(int(path.name.partition("-")[0]) for path in paths if self._read(path) is not None)
 
     def after(self, round: int, tensors: Tensors) -> None:
-        """Keep the state that a round left. Later rounds, of a run that was set back, are dropped.
-
-        Nothing is written for a site that keeps nothing and never has: no state is what `before` finds there.
-        """
-        if not tensors and not any(self.folder.glob("[0-9]*.safetensors")):
-            return
+        """Keep the state that a round left. Later rounds, of a run that was set back, are dropped."""
         path = self._write(f"{round:06d}", tensors)
         others = [old for old in sorted(self.folder.glob("[0-9]*.safetensors")) if old != path]
         below = [old for old in others if int(old.name.partition("-")[0]) < round]
@@ -68,10 +63,6 @@ class Store:
         for old in self.folder.glob(f"{PERSONAL}-*.safetensors"):
             if old != path:
                 old.unlink(missing_ok=True)
-
-    def kept(self) -> list[int]:
-        """The rounds whose state is still there."""
-        return sorted({int(path.name.partition("-")[0]) for path in self.folder.glob("[0-9]*.safetensors")})
 
     def size(self) -> int:
         """Bytes on disk."""

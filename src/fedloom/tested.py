@@ -20,6 +20,8 @@ from fedloom.statistics import bootstrap
 from fedloom.tasks import Detection, Task
 from fedloom.tensors import Private, Shared
 
+SURE = ("low", "high", "ece")  # what is told of a figure beside it: its interval, and how well probabilities came true
+
 
 @dataclass(frozen=True)
 class Answered:

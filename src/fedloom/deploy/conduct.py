@@ -25,6 +25,7 @@ from fedloom.recipe import Recipe
 from fedloom.rounds import Course, follow
 from fedloom.site import Silence
 from fedloom.tensors import Shared
+from fedloom.tested import SURE
 from fedloom.views import summarised
 
 SIMULATION = "only a simulation has the data of all sites at one place."
@@ -148,6 +149,7 @@ def _result(engine: RemoteEngine, experiment: Experiment, course: Course, shared
         value = reply.update.metrics.get(course.metrics[reply.site])
         if value is not None:
             row = {"value": value, "examples": reply.update.examples}
+            row |= {name: reply.update.metrics.get(name) for name in SURE}
             rows[reply.site] = {"metric": course.metrics[reply.site], **row}
             tasks.setdefault(course.kinds[reply.site], []).append(row)
     personal = {"sites": rows, "by_task": {task: summarised(own) for task, own in tasks.items()}} if rows else None

@@ -28,6 +28,7 @@ from fedloom.federation import End, own_state, site_evaluate, site_round
 from fedloom.recipe import Recipe
 from fedloom.store import Store, write
 from fedloom.tensors import Shared, Tensors, from_bytes
+from fedloom.tested import SURE
 from fedloom.views import measured
 
 log = logging.getLogger(__name__)
@@ -172,6 +173,7 @@ class Resident:
             own.store.personalised(private)
         row = measured(method, own, shared, private, own.test)
         metrics = {own.site.task.metric: row["value"]} if row else {}
+        metrics |= {name: row[name] for name in SURE if row.get(name) is not None}
         return self._figures(loaded, "test metrics", len(own.test), metrics)
 
     def _figures(self, loaded: Loaded, what: str, examples: int, metrics: dict[str, float]) -> dict[str, Any]:
