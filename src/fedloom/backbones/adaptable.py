@@ -68,7 +68,7 @@ class Junction(nn.Module):
 
 
 class Adaptable:
-    """A network whose layers take an adapter from outside. Holds no state between calls."""
+    """A network whose layers take an adapter from outside. Holds no state between calls but which kernels it uses."""
 
     def __init__(self, network: Network, checkpointing: bool = False):
         network.module.requires_grad_(False).eval()

@@ -149,8 +149,8 @@ def _result(engine: RemoteEngine, experiment: Experiment, course: Course, shared
         value = reply.update.metrics.get(course.metrics[reply.site])
         if value is not None:
             row = {"value": value, "examples": reply.update.examples}
-            row |= {name: reply.update.metrics.get(name) for name in SURE}
-            rows[reply.site] = {"metric": course.metrics[reply.site], **row}
+            sure = {name: reply.update.metrics.get(name) for name in SURE}
+            rows[reply.site] = {"metric": course.metrics[reply.site], **row, **sure}
             tasks.setdefault(course.kinds[reply.site], []).append(row)
     personal = {"sites": rows, "by_task": {task: summarised(own) for task, own in tasks.items()}} if rows else None
     left_out = {"global": SIMULATION, "newcomer": SIMULATION}
