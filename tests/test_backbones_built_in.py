@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
 
 import fedloom.backbones.albef_model  # noqa: F401 (AutoModel learns of it)
 from fedloom.adapters import Bottleneck, Head
@@ -95,6 +96,15 @@ def test_it_answers_finitely_and_adapts(name: str) -> None:
     assert adapted is not None
     assert adapted.isfinite().all()
     assert not torch.equal(adapted, features)
+
+
+def test_threads_that_load_at_once_leave_transformers_as_it_was() -> None:
+    before = PreTrainedModel.tie_weights
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(load, 4 * ["clip-small", "albef-small"]))
+    assert PreTrainedModel.tie_weights is before
+    head = loaded[1].network.module.head.decoder
+    assert head.weight is loaded[1].network.module.text.embeddings.word_embeddings.weight
 
 
 def test_the_small_albef_ranks_answers_too() -> None:

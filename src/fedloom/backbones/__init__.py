@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -93,21 +94,29 @@ def _module(folder: str, dtype: torch.dtype, attention: Attention) -> Any:
     return module
 
 
+_one_at_a_time = threading.Lock()
+
+
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Without the progress bar and the report of transformers on what it loads."""
+    """Transformers reads and writes without its progress bar and its report, and in one thread at a time.
+
+    While it loads it exchanges `PreTrainedModel.tie_weights` for the whole process. Where two threads load at once, the
+    second puts the exchanged one back as the original, and from then on no model's weights are tied.
+    """
     import transformers
 
     logging: Any = transformers.utils.logging
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
+    with _one_at_a_time:
+        verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bar:
+                logging.enable_progress_bar()
 
 
 def _processors(folder: str, *names: str) -> tuple[Any, ...]:
