@@ -136,6 +136,16 @@ class Pruning:
         return {**tensors, **{f"{place}/gate": leaves["gate"] for place, leaves in gated.items()}}
 
 
+def penalty(pruning: Pruning | None, tensors: Tensors) -> Tensor | float:
+    """What pruning adds to the loss."""
+    return 0.0 if pruning is None else pruning.penalty(tensors)
+
+
+def descending(pruning: Pruning | None, round: int | str) -> Callable[[State, Tensors, Training], State]:
+    """How a step is taken under pruning, or without."""
+    return descend if pruning is None else pruning.descending(round)
+
+
 def _best(gated: Mapping[str, Tensors], costs: Mapping[str, int], room: float) -> list[Tensor]:
     """The gates, those at zero that come too late in the order of importance."""
     worth = torch.cat([importance(leaves) for leaves in gated.values()])

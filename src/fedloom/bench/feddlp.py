@@ -10,7 +10,7 @@ from torch import Tensor
 from fedloom.backbones import Adaptable, Batch
 from fedloom.bench.lines import Line
 from fedloom.bench.lora import BATCH, CLASSES, Step, dtypes, floor
-from fedloom.bench.measuring import interleaved
+from fedloom.bench.measuring import interleaved, milliseconds
 from fedloom.bench.shapes import NAMES, Size, batch, clip, clip_module, normalised, prompts
 from fedloom.data import Dataset
 from fedloom.distillation import divergence
@@ -42,14 +42,10 @@ def feddlp_step(size: Size, repeats: int) -> Iterator[Line]:
             "feddlp-step",
             f"FedDLP batch, {'alternating, three forwards' if alternating else 'joint, one pass'}, "
             f"{NAMES[size]}, {dtype}, batch {BATCH}",
-            1e3 * took[name].minimum,
-            "ms",
-            f"PEFT, {peer}, float32",
-            1e3 * took[peer].minimum,
-            least,
+            against=f"PEFT, {peer}, float32",
+            goal=least,
             floor=None if alternating else 2e3 * took[f"floor {dtype}"].minimum,  # of two branches
-            own_median=1e3 * took[name].median,
-            peer_median=1e3 * took[peer].median,
+            **milliseconds(took[name], took[peer]),
         )
 
 

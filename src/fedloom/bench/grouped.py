@@ -10,7 +10,7 @@ from fedloom.adapters import LoRA
 from fedloom.backbones import Adaptable
 from fedloom.bench.lines import Line
 from fedloom.bench.lora import CLASSES, Step, dtypes
-from fedloom.bench.measuring import interleaved
+from fedloom.bench.measuring import interleaved, milliseconds
 from fedloom.bench.shapes import NAMES, SIDE, Size, clip
 from fedloom.data import Dataset, Example, Pixels
 from fedloom.engines.local import LocalEngine, Participant
@@ -39,17 +39,12 @@ def grouped(size: Size, repeats: int) -> Iterator[Line]:
         took = interleaved(steps, repeats)
     for dtype in dtypes():
         for n in EXAMPLES[size]:
-            one, together = took[f"{dtype} {n} 1"], took[f"{dtype} {n} {SITES}"]
             yield Line(
                 "grouped",
                 f"{SITES} clients of {n} in one pass, {NAMES[size]}, {dtype}",
-                1e3 * together.minimum,
-                "ms",
-                "one after the other",
-                1e3 * one.minimum,
-                GOALS[dtype] if n == 1 else None,
-                own_median=1e3 * together.median,
-                peer_median=1e3 * one.median,
+                against="one after the other",
+                goal=GOALS[dtype] if n == 1 else None,
+                **milliseconds(took[f"{dtype} {n} {SITES}"], took[f"{dtype} {n} 1"]),
             )
 
 

@@ -11,7 +11,7 @@ from fedloom.adapters import Head, LoRA
 from fedloom.backbones import Adaptable, Batch
 from fedloom.backbones.adaptable import has_bf16
 from fedloom.bench.lines import Line
-from fedloom.bench.measuring import interleaved, products
+from fedloom.bench.measuring import interleaved, milliseconds, products
 from fedloom.bench.shapes import NAMES, Size, batch, clip, clip_module, normalised, prompts
 from fedloom.places import Adapter
 from fedloom.training import State, Training, step
@@ -34,18 +34,13 @@ def lora_step(size: Size, repeats: int) -> Iterator[Line]:
     steps |= {f"floor {dtype}": floor(model, given) for dtype, model in models.items()}
     took = interleaved(steps, repeats)
     for dtype in models:
-        goal = GOALS.get((size, dtype), None if has_bf16() else WITHOUT_UNITS)
         yield Line(
             "lora-step",
             f"LoRA step, {NAMES[size]}, {dtype}, batch {BATCH}",
-            1e3 * took[dtype].minimum,
-            "ms",
-            "PEFT, plain loop, float32",
-            1e3 * took["peft"].minimum,
-            goal,
+            against="PEFT, plain loop, float32",
+            goal=GOALS.get((size, dtype), None if has_bf16() else WITHOUT_UNITS),
             floor=1e3 * took[f"floor {dtype}"].minimum,
-            own_median=1e3 * took[dtype].median,
-            peer_median=1e3 * took["peft"].median,
+            **milliseconds(took[dtype], took["peft"]),
         )
 
 
@@ -60,13 +55,9 @@ def many_classes(size: Size, repeats: int) -> Iterator[Line]:
         yield Line(
             "clip-classes",
             f"LoRA step of {MANY} classes, {NAMES[size]}, {dtype}, batch {BATCH}",
-            1e3 * took[dtype].minimum,
-            "ms",
-            "PEFT, prompts encoded at each step, float32",
-            1e3 * took["peft"].minimum,
-            {("base", "bfloat16"): 12.0, ("base", "float32"): 5.0}.get((size, dtype)),
-            own_median=1e3 * took[dtype].median,
-            peer_median=1e3 * took["peft"].median,
+            against="PEFT, prompts encoded at each step, float32",
+            goal={("base", "bfloat16"): 12.0, ("base", "float32"): 5.0}.get((size, dtype)),
+            **milliseconds(took[dtype], took["peft"]),
         )
 
 
@@ -81,17 +72,12 @@ def prefix(size: Size, repeats: int) -> Iterator[Line]:
         steps[str(last)] = own(made, Batch(given.targets, candidates=given.candidates, prefix=kept), LoRA(last=last))
     took = interleaved(steps, repeats)
     for last in LASTS[size]:
-        own_time, whole = took[str(last)], took["all"]
         yield Line(
             "prefix",
             f"LoRA step in the last {last} of {blocks} blocks, prefix cached, {NAMES[size]}, {dtypes()[-1]}",
-            1e3 * own_time.minimum,
-            "ms",
-            "the same in all blocks",
-            1e3 * whole.minimum,
-            0.9 * blocks / last,
-            own_median=1e3 * own_time.median,
-            peer_median=1e3 * whole.median,
+            against="the same in all blocks",
+            goal=0.9 * blocks / last,
+            **milliseconds(took[str(last)], took["all"]),
         )
 
 

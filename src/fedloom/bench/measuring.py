@@ -28,6 +28,12 @@ class Timing:
     median: float
 
 
+def milliseconds(own: Timing, peer: Timing) -> dict[str, Any]:
+    """The figures of a `Line`."""
+    figures = {"own": own.minimum, "peer": peer.minimum, "own_median": own.median, "peer_median": peer.median}
+    return {"unit": "ms", **{name: 1e3 * seconds for name, seconds in figures.items()}}
+
+
 def interleaved(
     variants: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.process_time
 ) -> dict[str, Timing]:

@@ -12,7 +12,7 @@ from fedloom.adapters import Bottleneck, LoRA
 from fedloom.backbones import Adaptable
 from fedloom.bench.lines import Line
 from fedloom.bench.lora import BATCH, dtypes
-from fedloom.bench.measuring import fresh, interleaved, peak
+from fedloom.bench.measuring import fresh, interleaved, milliseconds, peak
 from fedloom.bench.shapes import NAMES, VILT_NAMES, VILT_SIDE, Size, batch, clip, vilt
 from fedloom.bench.vilt import own as vilt_own
 from fedloom.federation import visible
@@ -86,12 +86,8 @@ def frames(size: Size, repeats: int) -> Iterator[Line]:
         yield Line(
             "frames",
             f"adapter to bytes and back, LoRA of {NAMES[size]}",
-            1e3 * took["own"].minimum,
-            "ms",
-            name,
-            1e3 * took[peer].minimum,
-            own_median=1e3 * took["own"].median,
-            peer_median=1e3 * took[peer].median,
+            against=name,
+            **milliseconds(took["own"], took[peer]),
         )
 
 

@@ -11,7 +11,7 @@ from fedloom.adapters import Bottleneck, Head
 from fedloom.backbones import Adaptable, Batch
 from fedloom.bench.lines import Line
 from fedloom.bench.lora import BATCH, Step, dtypes
-from fedloom.bench.measuring import interleaved, products
+from fedloom.bench.measuring import interleaved, milliseconds, products
 from fedloom.bench.shapes import VILT_NAMES, VILT_SIDE, Size, batch, normalised, vilt, vilt_module
 from fedloom.training import State, Training, step
 
@@ -29,13 +29,9 @@ def vilt_step(size: Size, repeats: int) -> Iterator[Line]:
         yield Line(
             "vilt-step",
             f"bottleneck step, {VILT_NAMES[size]}, {dtype}, batch {BATCH}",
-            1e3 * took[dtype].minimum,
-            "ms",
-            "torch, plain loop with hooks, float32",
-            1e3 * took["hooks"].minimum,
+            against="torch, plain loop with hooks, float32",
             floor=1e3 * took[f"floor {dtype}"].minimum,
-            own_median=1e3 * took[dtype].median,
-            peer_median=1e3 * took["hooks"].median,
+            **milliseconds(took[dtype], took["hooks"]),
         )
 
 

@@ -7,6 +7,7 @@ Written for nvflare 2.9.
 """
 
 import threading
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,9 +53,9 @@ class FlareLink:
 class Listening(Executor):  # type: ignore[misc]
     """A site's end: hands every message to what `open` gives, and its reply back."""
 
+    @abstractmethod
     def open(self, kit: Path) -> Callable[[Message], dict[str, Any]]:
         """What answers messages at the site of this kit."""
-        raise NotImplementedError
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         if event_type == EventType.START_RUN:
@@ -76,13 +77,13 @@ class Listening(Executor):  # type: ignore[misc]
 class Leading(Controller):  # type: ignore[misc]
     """The server's end: runs `lead`, and answers the coordinator's questions while it goes on."""
 
+    @abstractmethod
     def lead(self, kit: Path, link: FlareLink, aborted: Callable[[], bool]) -> None:
         """All that the job does."""
-        raise NotImplementedError
 
+    @abstractmethod
     def told(self, question: dict[str, Any]) -> dict[str, Any]:
         """The answer to a question of the coordinator's."""
-        raise NotImplementedError
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         fl_ctx.get_engine().register_app_command(TOPIC, lambda topic, data, context: self.told(data or {}))

@@ -17,8 +17,9 @@ at one point, from one pass over both branches' rows.
 
 The site sends its global adapter; the server takes the mean of A and that of B, weighted by examples. Ranks whose gate
 is zero leave the local adapter at the round's end (`fedloom.pruning`). The moments of both adapters stay at the site
-and go on. A site predicts with a mean of both branches' logits; its weight is chosen on the site's held-out examples,
-with the global adapter that the site was given. Where nothing is held out, the local branch predicts alone.
+and go on, with smaller steps than fresh ones: with few steps a round, the greater of the learning rates that training
+alone is content with is right. A site predicts with a mean of both branches' logits; its weight is chosen on the site's
+held-out examples, with the global adapter that it was given. Where nothing is held out, the local branch predicts.
 
 Deviations, each undone by `FedDLP.official()`, which is the authors' program:
 
@@ -29,9 +30,6 @@ Deviations, each undone by `FedDLP.official()`, which is the authors' program:
 - The global adapter hears less of the local one, whose sites have few classes each: γ_g is 0.1, theirs 1. γ_l is 0.01
   for all towers.
 - Theirs predicts with the local branch alone, in which little of what others know arrives.
-
-Moments that go on take smaller steps than fresh ones: with few steps a round, FedDLP wants the greater of the learning
-rates that training alone is content with.
 
 Also ours: a task's head is private and is trained in step 1; a site without a local adapter (a newcomer, or one that
 comes late) starts from the global one, and in the first round, where that is zero, from a fresh start like all others.
@@ -44,10 +42,9 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal
 
 import torch
-from annotated_types import Ge, Gt
 from torch import Tensor
 
 from fedloom import choice, lowrank, rotation
@@ -56,19 +53,16 @@ from fedloom.backbones.adaptable import Adaptable
 from fedloom.backbones.batches import Batch, Features
 from fedloom.distillation import Lesson
 from fedloom.errors import MethodError
-from fedloom.pruning import Pruning, ranks
+from fedloom.pruning import Pruning, Rate, Strength, descending, penalty, ranks
 from fedloom.serving import Served, blended
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Task
 from fedloom.tensors import Private, Shared, Tensors, at, part, under, without
-from fedloom.training import Count, State, Training, descend, gradient, head, leaves, placed
+from fedloom.training import Count, State, descend, gradient, head, leaves, placed
 
 log = logging.getLogger(__name__)
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "projection")  # all linear ones of CLIP
-
-Weight: TypeAlias = Annotated[float, Ge(0)]
-Positive: TypeAlias = Annotated[float, Gt(0)]
 
 
 @dataclass(frozen=True)
@@ -76,16 +70,16 @@ class FedDLP:
     adapter: LoRA = field(default_factory=lambda: LoRA(rank=4))  # the local one; pruning puts gates on it
     rank: Width = 2  # r of the global adapter, which is like the local one else
     # distillation
-    gamma: Weight = 0.01  # γ_l: how much the local adapter learns from the global one
-    gamma_shared: Weight = 0.1  # γ_g: how much the global adapter learns from the local one
+    gamma: Strength = 0.01  # γ_l: how much the local adapter learns from the global one
+    gamma_shared: Strength = 0.1  # γ_g: how much the global adapter learns from the local one
     ramp: Count = 0  # rounds over which both rise from zero
-    temperature: Positive = 3.0  # T
+    temperature: Rate = 3.0  # T
     # training
     loss: Literal["classes", "contrastive"] = "classes"
     caption: str | None = None  # what an image is told to be in training; None: the task's template
     schedule: Literal["alternating", "joint"] = "alternating"
     reuse: bool = False  # Z_g's forward as teacher and as student: a forward less, for one more branch in memory
-    lr: Positive | None = None  # of the global adapter; None: that of [training]
+    lr: Rate | None = None  # of the global adapter; None: that of [training]
     moments: Literal["kept", "fresh"] = "kept"  # Adam's, from round to round; fresh ones take greater steps
     pruning: Pruning | None = field(default_factory=Pruning)  # None: the local adapter is a plain LoRA
     # server and inference
@@ -135,9 +129,7 @@ class FedDLP:
     def individual(self) -> bool:
         return self.aggregation != "factors" or self.share == "both"
 
-    @property
-    def any_width(self) -> bool:
-        return self.individual
+    any_width = individual
 
     @property
     def sends(self) -> frozenset[str]:
@@ -199,7 +191,7 @@ class FedDLP:
             branch = site.model(batch, self.shared, free)
         student = self.lesson.logits(site.task, branch, part("head", mine.tensors), batch)
         slope, value_shared = gradient(self.lesson.value(site.task, student, teacher, gamma, batch), free)
-        return mine, descend(ours, slope, self._training(site)), (value, value_shared)
+        return mine, self._descended(site, ours, slope), (value, value_shared)
 
     def _at_once(
         self, round: int, site: Site, batch: Batch, mine: State, ours: State
@@ -210,11 +202,12 @@ class FedDLP:
         local, branch = site.model.together([(batch, self.local, own), (batch, self.shared, free)])
         Z_l = self.lesson.logits(site.task, local, own, batch)
         Z_g = self.lesson.logits(site.task, branch, part("head", mine.tensors), batch)
-        loss = self.lesson.value(site.task, Z_l, Z_g, self._risen(self.gamma, round), batch) + self._penalty(own)
-        loss_shared = self.lesson.value(site.task, Z_g, Z_l, self._risen(self.gamma_shared, round), batch)
+        gamma, gamma_shared = self._risen(self.gamma, round), self._risen(self.gamma_shared, round)
+        loss = self.lesson.value(site.task, Z_l, Z_g, gamma, batch) + penalty(self.pruning, own)
+        loss_shared = self.lesson.value(site.task, Z_g, Z_l, gamma_shared, batch)
         slope, _ = gradient(loss + loss_shared, {**at("local", own), **at("shared", free)})
-        mine = self._descending(round)(mine, under("local", slope), site.training)
-        ours = descend(ours, under("shared", slope), self._training(site))
+        mine = descending(self.pruning, round)(mine, under("local", slope), site.training)
+        ours = self._descended(site, ours, under("shared", slope))
         return mine, ours, (float(loss.detach()), float(loss_shared.detach()))
 
     def _step(
@@ -228,17 +221,11 @@ class FedDLP:
         student = self.lesson.logits(site.task, site.model(batch, self.local, free), free, batch)
         teacher = student if branch is None else self.lesson.logits(site.task, branch, mine.tensors, batch)
         loss = self.lesson.value(site.task, student, teacher, self._risen(self.gamma, round), batch)
-        slope, value = gradient(loss + self._penalty(free), free)
-        return self._descending(round)(mine, slope, site.training), value, student.detach()
+        slope, value = gradient(loss + penalty(self.pruning, free), free)
+        return descending(self.pruning, round)(mine, slope, site.training), value, student.detach()
 
-    def _penalty(self, own: Tensors) -> Tensor | float:
-        return 0.0 if self.pruning is None else self.pruning.penalty(own)
-
-    def _descending(self, round: int | str) -> Callable[[State, Tensors, Training], State]:
-        return descend if self.pruning is None else self.pruning.descending(round)
-
-    def _training(self, site: Site) -> Training:
-        return site.training if self.lr is None else replace(site.training, lr=self.lr)
+    def _descended(self, site: Site, ours: State, slope: Tensors) -> State:
+        return descend(ours, slope, replace(site.training, lr=self.lr or site.training.lr))
 
     def personalise(self, site: Site, shared: Shared, private: Private, epochs: int) -> Private:
         """Step 1 alone, the global adapter a fixed teacher."""

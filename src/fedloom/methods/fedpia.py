@@ -122,9 +122,7 @@ class FedPIA:
     def individual(self) -> bool:
         return self.matching == "server"
 
-    @property
-    def any_width(self) -> bool:
-        return self.matching == "server"
+    any_width = individual
 
     def start(self, model: Adaptable, task: Task | None, sites: int, seed: int) -> Shared:
         fresh = model.init(self.adapter, seed)
