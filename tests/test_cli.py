@@ -11,6 +11,8 @@ import pytest
 import fedloom as package
 from fedloom.estimate import estimate
 from fedloom.recipe import load
+from fedloom.report.figures import measured as figure
+from fedloom.tensors import to_bytes
 
 Fedloom = Callable[..., tuple[int, str, str]]
 
@@ -134,6 +136,22 @@ def test_newcomers_and_partial_participation(fedloom: Fedloom, recipe: Path, tmp
     assert set(summary["views"]["newcomer"]["sites"]) == {"rome"}
     assert set(summary["views"]["personal"]["sites"]) == {"oslo", "kyiv"}
     assert [len(line["answered"]) for line in summary["roster"]] == [1, 1]
+
+
+def test_a_newcomer_is_served_after_the_run_too(fedloom: Fedloom, recipe: Path, tmp_path: Path) -> None:
+    assert fedloom("run", recipe, "--set", "data.newcomer=['rome']", "--out", tmp_path / "run")[0] == 0
+    done = package.Run(tmp_path / "run")
+    row = done.summary["views"]["newcomer"]["sites"]["rome"]
+    assert done.evaluate(site="rome")["rome"][row["metric"]] == row["value"]
+    (kept,) = (tmp_path / "run" / "sites" / "rome").iterdir()
+    assert to_bytes(done.private("rome")) == kept.read_bytes()
+    assert to_bytes(package.Run(done.folder, done.last).private("rome")) == kept.read_bytes(), "made anew, of that round"
+    code, out, _ = fedloom("export", done.folder, "--site", "rome", "--to", tmp_path / "to")
+    assert (code, out) == (0, f"{tmp_path / 'to' / 'rome'}: peft\n")
+    card = (tmp_path / "to" / "rome" / "README.md").read_text()
+    assert figure(row["metric"], row["value"]) in card
+    assert "2 rounds and fine-tuning of its own" in card
+
 
 
 def test_a_frozen_prefix_may_be_kept(fedloom: Fedloom, recipe: Path, tmp_path: Path) -> None:

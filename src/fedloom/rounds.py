@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedloom.assembly import Federation
-from fedloom.engines.local import LocalEngine
+from fedloom.assembly import Federation, site_folder
+from fedloom.engines.local import LocalEngine, Participant
 from fedloom.errors import RunError
 from fedloom.events import Began, Ended, Note, Replied, Watch
 from fedloom.federation import Engine, Round, Schedule, federate, own_state, visible
@@ -17,6 +17,8 @@ from fedloom.sections import Federation as Options
 from fedloom.site import Answer, Reply
 from fedloom.store import Store, write
 from fedloom.tensors import Private, Shared
+
+NEWCOMER_EPOCHS = 1
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,19 @@ def _pooled(
     for own, private in zip(participants, privates, strict=True):
         own.store.after(schedule.rounds - 1, private)
     return shared, _personalised(method, engine, shared, federation)
+
+
+def newcomers(method: Method, federation: Federation, shared: Shared, folder: Path) -> dict[str, Private]:
+    """What the sites that come after the last round make of the shared adapter, kept in their folders."""
+    privates = {name: arrived(method, own, shared) for name, own in federation.newcomers.items()}
+    for name, private in privates.items():
+        Store(site_folder(folder, name)).personalised(private)
+    return privates
+
+
+def arrived(method: Method, own: Participant, shared: Shared) -> Private:
+    """One of them: its head is fitted, then it trains an epoch."""
+    return method.personalise(own.site, visible(shared), Private({}), NEWCOMER_EPOCHS)
 
 
 def _resumed(checkpoints: Store, course: Course, lines: Sequence[Mapping[str, Any]]) -> tuple[int, Shared]:

@@ -26,7 +26,7 @@ from fedloom.lineage import lineage
 from fedloom.methods import METHODS, Local, Method, Pooled
 from fedloom.recipe import Recipe, load
 from fedloom.report import write_report
-from fedloom.rounds import lines_of, totals, train
+from fedloom.rounds import arrived, lines_of, newcomers, totals, train
 from fedloom.store import Store, holds_anything, write
 from fedloom.tensors import Private, Shared
 from fedloom.tested import Answered
@@ -86,9 +86,14 @@ class Run:
         return self._last[1]
 
     def private(self, site: str) -> Private:
-        """What a site holds after the last round that ended; of a finished run, fine-tuned where the recipe says so."""
-        store = Store(site_folder(self.folder, self._participant(site).site.name))
+        """What a site holds after the last round that ended; of a finished run, fine-tuned where the recipe says so.
+
+        A newcomer holds what it makes of the shared adapter of that round.
+        """
+        own, store = self.participant(site), Store(site_folder(self.folder, site))
         personal = store.personal() if self.finished and self.round is None else None
+        if personal is None and site in self.federation.newcomers:
+            return arrived(self.federation.method, own, self.shared)
         return own_state(store.before(self._last[0] + 1)[1] if personal is None else personal)
 
     @cached_property
@@ -112,12 +117,12 @@ class Run:
     def measure(self, split: str = "test", site: str | None = None, by: str | None = None) -> dict[str, Measured]:
         """As `evaluate`, with what the metrics leave out; `by` a column of the source, a row for each of its values."""
         privates = {name: self.private(name) for name in (self.sites if site is None else (site,))}
-        datasets = {name: self.federation.participants[name].split(split) for name in privates}
+        datasets = {name: self.participant(name).split(split) for name in privates}
         datasets = {name: dataset for name, dataset in datasets.items() if len(dataset)}
         parts = {name: {"": list(range(len(dataset)))} for name, dataset in datasets.items()}
         found = {}
         for name, values in (parts if by is None else by_value(datasets, by)).items():
-            own, dataset = self.federation.participants[name].site, datasets[name]
+            own, dataset = self.participant(name).site, datasets[name]
             logits = predict(self.federation.method, own, privates[name], self.shared, dataset)
             for value, rows in values.items():
                 part = f"{name}, {value}" if value else name
@@ -140,16 +145,18 @@ class Run:
 
     def _asked(self, site: str, images: Sequence[Path], text: str | None, question: str | None) -> Dataset:
         pixels = Pixels(Path(), self.federation.model.network.decode, "skip")
-        return asked(self._participant(site), pixels, images, {"question": question, "text": text})
+        return asked(self.participant(site), pixels, images, {"question": question, "text": text})
 
     def _answers(self, site: str, dataset: Dataset) -> list[Answers]:
-        own = self._participant(site).site
+        own = self.participant(site).site
         return ranked(own.task, predict(self.federation.method, own, self.private(site), self.shared, dataset))
 
-    def _participant(self, site: str) -> Participant:
-        if site not in self.federation.participants:
-            raise RunError(f"there is no site '{site}' in '{self.folder}'; its sites are {list(self.sites)}.")
-        return self.federation.participants[site]
+    def participant(self, site: str) -> Participant:
+        """A site that took part, or a newcomer."""
+        every = {**self.federation.participants, **self.federation.newcomers}
+        if site not in every:
+            raise RunError(f"there is no site '{site}' in '{self.folder}'; its sites are {list(every)}.")
+        return every[site]
 
 
 def run(recipe: Recipe | str | Path, out: str | Path, resume: bool = False, watch: Watch = lambda event: None) -> Run:
@@ -177,6 +184,7 @@ def _measured(recipe: Recipe, federation: Federation, folder: Path, watch: Watch
     for reason in federation.skipped:
         watch(Note(reason))
     shared, privates = train(recipe.method_name, recipe.method, federation, folder, watch)
+    privates |= newcomers(recipe.method, federation, shared, folder)
     answered = own_tests(federation, recipe.method, shared, privates)
     return {
         "views": views(federation, recipe.method, shared, privates, answered),
@@ -250,10 +258,12 @@ def _references(
         if name in ("local", "pooled"):
             method = Local(adapter) if name == "local" else Pooled(adapter, federation.method.heads)
             stage = "local-only" if name == "local" else "pooled"
-            shared, privates = train(stage, method, federation, folder / "references" / name, watch)
+            beneath = folder / "references" / name
+            shared, privates = train(stage, method, federation, beneath, watch)
+            privates |= newcomers(method, federation, shared, beneath)
         else:
             method = METHODS[name]()
-            shared, sites = Shared({}), federation.participants.items()
+            shared, sites = Shared({}), {**federation.participants, **federation.newcomers}.items()
             privates = {site: method.personalise(own.site, shared, Private({}), 1) for site, own in sites}
         beside = own_tests(federation, method, shared, privates)
         found = views(federation, method, shared, privates, beside)

@@ -2,7 +2,7 @@
 
 personal   each site's own test split, by what that site serves
 global     the test splits of all sites together, every class counting alike: what a site can do with what it never saw
-newcomer   a site that did not take part: its head fitted, then one epoch
+newcomer   a site that did not take part: its head fitted, then one epoch (`rounds.newcomers`)
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,14 +14,13 @@ from torch import Tensor
 from fedloom.assembly import Federation
 from fedloom.data import Dataset, Example
 from fedloom.engines.local import Participant
-from fedloom.federation import predict, visible
+from fedloom.federation import predict
 from fedloom.labels import widen
 from fedloom.methods import Method
 from fedloom.tasks import Task
 from fedloom.tensors import Private, Shared, padded
 from fedloom.tested import Answered, targets_of, tested
 
-NEWCOMER_EPOCHS = 1
 Privates = Mapping[str, Private]
 View = dict[str, Any]
 Row = dict[str, Any]
@@ -41,6 +40,7 @@ def views(
 ) -> dict[str, View | None]:
     """The three views of a method's result; None for one that is left out (see `left_out`).
 
+    privates: also of the newcomers
     answered: what `own_tests` makes of the same
     """
     tests = {group: pooled(federation, group) for group in federation.groups}
@@ -52,8 +52,7 @@ def views(
         return spread(method, own, shared, privates[name], tests[own.group], federation.groups[own.group])
 
     def newcomer(name: str, own: Participant) -> Row:
-        private = method.personalise(own.site, visible(shared), Private({}), NEWCOMER_EPOCHS)
-        return measured(method, own, shared, private, own.test)
+        return measured(method, own, shared, privates[name], own.test)
 
     return {
         "personal": _view(federation.participants, personal),

@@ -90,7 +90,7 @@ def export(run: Run, to: Path, sites: Sequence[str] = (), forms: Collection[Form
 
 def _served(run: Run, name: str) -> Served | Blend:
     private = run.private(name)  # which refuses an unknown site
-    site = run.federation.participants[name].site
+    site = run.participant(name).site
     predictor = run.federation.method.serve(site, visible(run.shared), private)
     if not isinstance(predictor, Served | Blend):
         raise ExportError(
@@ -146,7 +146,7 @@ def _about(run: Run, predictor: Served | Blend, forms: tuple[Form, ...], weights
         method=run.recipe.method_name,
         round=run.last,
         rounds=run.recipe.federation.rounds,
-        tuned=run.round is None and run.recipe.training.finetune > 0,
+        tuned=(run.round is None and run.recipe.training.finetune > 0) or site.name in run.federation.newcomers,
         recipe=run.recipe.id,
         backbone=run.recipe.backbone,
         weights=weights,

@@ -1,5 +1,6 @@
 """The card of an export: README.md, for people and for the Hugging Face hub."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +107,20 @@ def _result(run: Run, about: About) -> tuple[list[tuple[str, str]], str, int | N
         value = line.get("metric")
         metric = f"{about.task.metric.capitalize()} on this site's held-out examples"
         return ([(_cell(about.method), measured(about.task.metric, value))] if value is not None else []), metric, None
-    row = ((run.summary["views"]["personal"] or {}).get("sites") or {}).get(about.site)
+    row = _measured(run.summary["views"], about.site)
     if not row:
         return [], "", None
     found = [(_cell(about.method), measured(row["metric"], row["value"]))]
     for name, views in run.summary["references"].items():
-        beside = ((views["personal"] or {}).get("sites") or {}).get(about.site)
-        if beside:
+        if beside := _measured(views, about.site):
             found.append((NAMED.get(name, name), measured(row["metric"], beside["value"])))
     return found, f"{row['metric'].capitalize()} on this site's own test examples", row["examples"]
+
+
+def _measured(views: Mapping[str, Any], site: str) -> Mapping[str, Any]:
+    """On the site's own test examples: of one that took part, or of a newcomer."""
+    found = ((views[view] or {}).get("sites", {}).get(site) for view in ("personal", "newcomer"))
+    return next(filter(None, found), {})
 
 
 def _roster(run: Run, last: int) -> list[tuple[str, ...]]:
