@@ -42,7 +42,7 @@ def main() -> None:
     rows = [row for row in arguments.rows.split(",") if row]
     sites, means = [], []
     for setting in chosen:
-        for row in rows or compared[setting.name]["rows"]:
+        for row in (row for row in compared[setting.name]["rows"] if not rows or row in rows):
             own = list(pairs(setting, row, compared[setting.name]["rows"]))
             sites += [pair for pair in own if "site" in pair]
             means += [pair for pair in own if "site" not in pair]
