@@ -22,6 +22,12 @@ PARTS = (
     *("adapters", "alignment", "transport", "integration", "permuting", "lowrank", "rotation", "pruning"),
     *("distillation", "sharing", "training", "metrics", "statistics"),
 )
+MADE = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "src/fedloom/errors.py": "errors.md",
+    "src/fedloom/methods": "methods/README.md",
+}
 MATH = re.compile(r"^( *)\.\. math:: (.*(?:\n\1 +\S.*)*)", re.MULTILINE)
 PAPER = re.compile(r"(?:([A-Z][^().]{0,40}?) )?(?:\(([^()]*?),? ?)?arXiv (\d{4}\.\d{4,5})")
 TOKEN = re.compile(r"mathml-((?:[0-9a-f]{2})+)-end")
@@ -62,6 +68,14 @@ def generated() -> Iterator[tuple[str, str]]:
     yield "methods/README.md", index(methods, parts)
     yield "papers.md", papers()
     yield "errors.md", errors()
+
+
+def on_page_markdown(text: str, *, page: Any, **_: Any) -> str:
+    """What a page links to beside docs, where the repository is read, as the page of this site that is made of it."""
+    up = "../" * page.file.src_uri.count("/")
+    for path, own in MADE.items():
+        text = text.replace(f"]({up}../{path})", f"]({up}{own})")
+    return text
 
 
 def within_docs(text: str) -> str:

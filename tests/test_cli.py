@@ -12,6 +12,7 @@ import fedloom as package
 from fedloom.estimate import estimate
 from fedloom.recipe import load
 from fedloom.report.figures import measured as figure
+from fedloom.report.figures import size
 from fedloom.tensors import to_bytes
 
 Fedloom = Callable[..., tuple[int, str, str]]
@@ -109,11 +110,24 @@ def test_a_dry_run_estimates_and_writes_nothing(fedloom: Fedloom, recipe: Path, 
     assert said["sites"] == "3"
     fedloom("run", recipe, "--out", tmp_path / "run")
     sent: dict[str, Any] = package.Run(tmp_path / "run").summary
-    assert said["up"] == f"{sent['bytes_up'] / 1e6:,.1f} MB"
+    assert said["up"] == size(sent["bytes_up"])
     expected = estimate(load(recipe))
     assert (expected.bytes_up, expected.bytes_down) == (sent["bytes_up"], sent["bytes_down"])
     kept = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors"))
     assert expected.disk == pytest.approx(kept, rel=0.05)
+
+
+def test_a_dry_run_knows_sites_of_other_widths(recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    same = {"method": {"name": "flexlora", "adapter": {"kind": "lora", "rank": 8}}}
+    unlike = {**same, "sites.oslo.width": 2}
+    expected, alike = (estimate(load(recipe, settings)) for settings in (unlike, same))
+    done = package.run(load(recipe, unlike), tmp_path / "run")
+    assert (expected.bytes_up, expected.bytes_down) == (done.summary["bytes_up"], done.summary["bytes_down"])
+    assert expected.bytes_site == done.summary["bytes_site"]
+    assert expected.trained[0] < expected.trained[1] == alike.trained[0] == alike.trained[1]
+    assert any(line.startswith("trained ") and " to " in line for line in expected.lines())
+    estimate(load(recipe).row("feddlp"))
+    assert not caplog.records, "what a dry run leaves out is no concern of the user"
 
 
 def test_check_names_sites_and_images_that_two_of_them_share(fedloom: Fedloom, recipe: Path, tmp_path: Path) -> None:
@@ -145,13 +159,12 @@ def test_a_newcomer_is_served_after_the_run_too(fedloom: Fedloom, recipe: Path, 
     assert done.evaluate(site="rome")["rome"][row["metric"]] == row["value"]
     (kept,) = (tmp_path / "run" / "sites" / "rome").iterdir()
     assert to_bytes(done.private("rome")) == kept.read_bytes()
-    assert to_bytes(package.Run(done.folder, done.last).private("rome")) == kept.read_bytes(), "made anew, of that round"
+    assert to_bytes(package.Run(done.folder, done.last).private("rome")) == kept.read_bytes(), "made anew"
     code, out, _ = fedloom("export", done.folder, "--site", "rome", "--to", tmp_path / "to")
-    assert (code, out) == (0, f"{tmp_path / 'to' / 'rome'}: peft\n")
+    assert (code, out.splitlines()[0]) == (0, f"{tmp_path / 'to' / 'rome'}: peft")
     card = (tmp_path / "to" / "rome" / "README.md").read_text()
     assert figure(row["metric"], row["value"]) in card
     assert "2 rounds and fine-tuning of its own" in card
-
 
 
 def test_a_frozen_prefix_may_be_kept(fedloom: Fedloom, recipe: Path, tmp_path: Path) -> None:

@@ -75,6 +75,12 @@ def test_a_tour_can_be_followed_to_the_letter(
         assert package.Run(folder.parent).finished
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere_in_a_checkout(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", FENCE.sub("", page.read_text("utf-8")))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
 def test_the_run_folder_is_as_it_is_described(recipe: Path, tmp_path: Path) -> None:
     run = package.run(recipe, tmp_path / "run")
     described = set(re.findall(r"`([a-z_.]+)`", (ROOT / "docs" / "run-folder.md").read_text("utf-8")))

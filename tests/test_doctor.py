@@ -34,7 +34,7 @@ def test_what_a_recipe_names_is_looked_for(recipe: Path) -> None:
     assert data == "data: 48 examples"
     assert ": there, " in backbone
     gone = load(recipe, {"data.source": "./gone.jsonl", "backbone.name": "clip-large"})
-    assert list(doctor.present(gone)) == ["data: not there", "backbone clip-large: not there"]
+    assert list(doctor.present(gone)) == ["data: cannot be used", "backbone clip-large: not there"]
     (_, hub) = doctor.present(load(recipe, {"backbone.name": "nobody/has-this"}))
     assert "the first run takes it from the Hugging Face hub" in hub
 
@@ -42,7 +42,7 @@ def test_what_a_recipe_names_is_looked_for(recipe: Path) -> None:
 def test_what_is_missing_is_listed_and_then_said_with_its_remedy(fedloom: Fedloom, recipe: Path) -> None:
     code, out, err = fedloom("check", recipe, "--set", "data.source=./gone.jsonl")
     assert code == 2
-    assert "data: not there" in out
+    assert "data: cannot be used" in out
     assert ": there, " in out  # the backbone is looked for all the same
     assert err.count("\n") == 1
     assert "gone.jsonl" in err

@@ -92,7 +92,7 @@ def test_a_hospital_s_table_is_read_by_its_own_names(fedloom: Fedloom, tmp_path:
         "patient_id",
     )
     assert recipe.data.partition.kind == "natural"
-    assert "2 sites in 'Hospital', of 12 to 12 units" in out  # patients
+    assert "2 sites in 'Hospital', with 12 values of 'patient_id' each" in out
     assert fedloom("check", "mine.toml")[0] == 0
 
 

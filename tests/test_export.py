@@ -270,11 +270,9 @@ def predicted(done: Run, name: str) -> Tensor:
 
 ALONE = """
 import sys
-from transformers import AutoImageProcessor
 from PIL import Image
 exec(open("code.py").read())
-pictures = [Image.open(f"{i}.png") for i in range(4)]
-found = logits(**AutoImageProcessor.from_pretrained(".")(pictures, return_tensors="pt"))
+found = answers([Image.open(f"{i}.png") for i in range(4)])
 assert not any(name.startswith("fedloom") for name in sys.modules)
 torch.save(found, "found.pt")
 """
@@ -343,15 +341,28 @@ def test_an_export_that_was_changed_is_found_out(made: Callable[..., Run], tmp_p
     save_file({name: t * 1.01 for name, t in weights.items()}, folder / WEIGHTS)
     code, out, said = fedloom("evaluate", "--exported", folder)
     assert (code, out.count("logits differ"), said.count("\n")) == (2, 1, 1)
+    export(done, tmp_path / "to" / "deep", ["oslo"])
+
+    def damaged(why: str) -> None:
+        """The damage is told, and the site beside it is checked all the same."""
+        code, out, said = fedloom("evaluate", "--exported", tmp_path / "to")
+        told = " ".join(out.split())
+        assert (code, said.count("\n"), "1 of 2 forms" in said) == (2, 1, True)
+        assert why in told
+        assert "site 'oslo', peft: logits equal" in told
+
+    config = (folder / CONFIG).read_text()
+    (folder / CONFIG).write_text("{}")
+    damaged("adapter_model.safetensors is damaged")
+    (folder / CONFIG).write_text(config)
+    (folder / WEIGHTS).unlink()
+    damaged("adapter_model.safetensors' is missing; export the run again.")
     (folder / "fingerprint.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(ExportError, match=r"fingerprint.safetensors' is missing or damaged"):
-        list(checked(folder))
+    damaged("fingerprint.safetensors' is missing or damaged")
     (folder / "fedloom.json").write_text((folder / "fedloom.json").read_text().replace('"weights": "', '"weights": "0'))
-    with pytest.raises(ExportError, match="other weights than the one that was trained on"):
-        list(checked(folder))
+    damaged("other weights than the one that was trained on")
     (folder / "fedloom.json").write_text("{")
-    with pytest.raises(ExportError, match="no export of fedloom"):
-        list(checked(folder))
+    damaged("no export of fedloom")
     with pytest.raises(ExportError, match="holds no export"):
         list(checked(done.folder))
 
@@ -411,7 +422,7 @@ def test_a_head_alone_needs_no_adapter(made: Callable[..., Run], tmp_path: Path)
 
 
 def test_mistakes_are_one_sentence(
-    made: Callable[..., Run], tmp_path: Path, fedloom: CLIs, monkeypatch: pytest.MonkeyPatch
+    made: Callable[..., Run], recipe: Path, tmp_path: Path, fedloom: CLIs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = made()
     to = ("--to", tmp_path / "to")
@@ -419,6 +430,8 @@ def test_mistakes_are_one_sentence(
         (("export", done.folder, *to, "--site", "nowhere"), "there is no site 'nowhere'"),
         (("export", tmp_path / "no", *to), "is not a run folder"),
         (("export", done.folder, *to, "--push", "me/model"), "name the site (--site)"),
+        (("export", done.folder, "--to", recipe), "is a file; name a folder with --to"),
+        (("export", done.folder, *to, "--site", "rome", "--push", "a/b/c"), "is no name of a repository, OWNER/NAME"),
         (("evaluate",), "name the folder of a run, or an export"),
         (("evaluate", done.folder, "--exported", tmp_path), "leave out"),
     ):
@@ -431,6 +444,7 @@ def test_mistakes_are_one_sentence(
     code, _, said = fedloom(*push, *to)
     assert (code, said.count("\n")) == (2, 1)
     assert "is ready, and there is no token" in said
+    assert f"then: hf upload me/model '{tmp_path / 'to' / 'rome'}'." in said
     assert next(iter(checked(tmp_path / "to"))).equal
     code, _, said = fedloom(*push, *to)
     assert (code, "is not empty; name another folder" in said) == (2, True)
@@ -464,6 +478,8 @@ def test_the_commands_of_the_documentation(
     recipe: Path, tmp_path: Path, fedloom: CLIs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for path in (recipe, tmp_path / "manifest.jsonl"):
+        path.write_text(path.read_text().replace("oslo", "north"))
     run(load(recipe, FAST), tmp_path / "runs" / "hospitals")
     page = (Path(__file__).parents[1] / "docs" / "export.md").read_text("utf-8")
     commands = re.findall(r"^fedloom ([^#\n]*[^# \n])", page, re.M)

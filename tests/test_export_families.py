@@ -80,7 +80,20 @@ def graph(folder: Path, given: dict[str, Tensor]) -> Tensor:
     return torch.from_numpy(session.run(None, {name: t.numpy() for name, t in given.items()})[0])
 
 
-def test_a_clip_run_in_every_form(made: Callable[..., Run], tmp_path: Path) -> None:
+def answer_by_their_cards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block of Python of the card answers as the federation."""
+    monkeypatch.chdir(folder)
+    said = json.loads(Path("fedloom.json").read_text())
+    blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)
+    assert len(blocks) == len(said["forms"]) == 3
+    for block in blocks:
+        code: dict[str, Any] = {}
+        exec(block, code)
+        given = [[picture(i) for i in range(4)], *[list(TEXTS)] * said["inputs"]["texts"]]
+        equal(torch.as_tensor(code["answers"](*given)), load_file("fingerprint.safetensors")["logits"], 1e-4)
+
+
+def test_a_clip_run_in_every_form(made: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft import PeftModel
     from transformers import AutoModel
 
@@ -96,9 +109,10 @@ def test_a_clip_run_in_every_form(made: Callable[..., Run], tmp_path: Path) -> N
     images = torch.stack([decode(picture(i)) for i in range(4)])
     for n in (1, 4):
         equal(graph(folder, {"images": images[:n]}), expected[:n], 1e-4)
+    answer_by_their_cards(folder, monkeypatch)
 
 
-def test_a_vilt_run_in_every_form(made: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_vilt_run_in_every_form(made: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft import PeftModel
     from transformers import AutoModel, ViltForQuestionAnswering
 
@@ -118,6 +132,7 @@ def test_a_vilt_run_in_every_form(made: Callable[..., Run], tmp_path: Path) -> N
     n = int(words["attention_mask"][0].sum())  # one example, without padding
     one = {name: t[:1, :n] for name, t in words.items()}
     equal(graph(folder, {"images": images[:1], **one}), expected[:1], 1e-4)
+    answer_by_their_cards(folder, monkeypatch)
 
 
 def test_an_albef_run_in_every_form(made: Callable[..., Run], tmp_path: Path) -> None:

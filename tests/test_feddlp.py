@@ -889,10 +889,10 @@ def test_what_is_trained_and_computed_is_counted(recipe: Path) -> None:
     head = 3 * 24 + 3
     a_rank = 6 * (32 + 32)  # q_proj and v_proj of three blocks of width 32
     small, large = (estimate(load(recipe, {"training.batch": batch})) for batch in (4, 8))
-    assert small.trained == large.trained == 2 * a_rank + head
+    assert small.trained == large.trained == 2 * (2 * a_rank + head,)
     assert large.flops == 2 * small.flops > 0
     dual = estimate(load(recipe).row("feddlp"))
-    assert dual.trained == (2 + 2) * a_rank + 6 * 2 + head  # both adapters, and a gate a rank
+    assert dual.trained == 2 * ((2 + 2) * a_rank + 6 * 2 + head,)  # both adapters, and a gate a rank
     assert dual.flops > 1.5 * large.flops
     both = estimate(load(recipe, {"method": {"name": "feddlp", "share": "both"}}))
     assert both.trained == dual.trained

@@ -184,3 +184,26 @@ def test_a_finished_run_is_served_from_what_is_whole_and_says_so(
     assert fedloom("evaluate", plain.folder)[0] == 0
     assert f"'{path}' is damaged" in caplog.text
     assert Store(plain.folder / "server").before(9)[0] == 0
+
+
+def test_a_site_whose_state_is_lost_is_not_served_as_if_it_had_never_trained(plain: Run, fedloom: Fedloom) -> None:
+    for path in (plain.folder / "sites" / "rome").iterdir():
+        path.unlink()
+    for command in (("evaluate", plain.folder), ("export", plain.folder, "--to", plain.folder / "to")):
+        code, _, err = fedloom(*command)
+        assert code == 2
+        assert f"what site 'rome' held after round {plain.last} is missing or damaged in " in err
+    assert fedloom("evaluate", plain.folder, "--site", "oslo")[0] == 0
+
+
+@pytest.mark.parametrize("content", ["x", "[]", "{}"])
+def test_a_damaged_summary_is_named_and_written_again(content: str, plain: Run, recipe: Path, fedloom: Fedloom) -> None:
+    path = plain.folder / "summary.json"
+    whole = path.read_bytes()
+    path.write_text(content)
+    for command in (("evaluate", plain.folder), ("run", recipe, "--out", plain.folder, "--resume")):
+        code, _, err = fedloom(*command)
+        assert (code, err) == (2, f"fedloom: '{path}' is damaged; remove it, and --resume writes it again.\n")
+    path.unlink()
+    run(recipe, plain.folder, resume=True)
+    assert json.loads(path.read_text()).keys() == json.loads(whole).keys()

@@ -48,21 +48,25 @@ class Advice:
         return "join" if self.low > 0 else "stay"
 
 
-def advise(recipe: Recipe, watch: Watch = lambda event: None) -> list[Advice]:
-    """What every site may expect of federating, before it does; nothing is left on disk.
+def advise(recipe: Recipe, watch: Watch = lambda event: None, site: str | None = None) -> list[Advice]:
+    """What every site may expect of federating, or one of them, before it does; nothing is left on disk.
 
-    raises RecipeError: the method sends nothing, or no site has held-out examples
+    raises RecipeError: the method sends nothing, no site has held-out examples, or there is no such site
     """
     if recipe.method_name in ALONE:
         raise RecipeError(
             f"'{recipe.method_name}' in [method] of {recipe.file} sends nothing; name one that federates: fedavg."
         )
     federation = assemble(planned(recipe.altered(SHORT)), tested=False)
-    together = dict(_held_out("together", federation.method, federation, watch))
-    if not together:
+    known = [name for name, own in federation.participants.items() if len(own.site.held_out)]
+    if not known:
         raise RecipeError(f"no site of {recipe.file} has held-out examples to go by; raise [data] held_out.")
+    if site is not None and site not in known:
+        raise RecipeError(f"there is no site '{site}' with held-out examples in {recipe.file}; its sites are {known}.")
+    together = dict(_held_out("together", federation.method, federation, watch))
     alone = dict(_held_out("alone", Local(federation.method.adapter), federation, watch))
-    return [_advice(name, alone[name], said) for name, said in together.items() if said.row() and alone[name].row()]
+    found = [_advice(name, alone[name], said) for name, said in together.items() if said.row() and alone[name].row()]
+    return [one for one in found if site in (None, one.site)]
 
 
 def _held_out(stage: str, method: Method, federation: Federation, watch: Watch) -> Iterator[tuple[str, Answered]]:

@@ -121,7 +121,7 @@ def _examples(source: str, rows: Rows, columns: Columns) -> tuple[Example, ...]:
         elif name is not None and (role.name == "label" or name != role.default):
             raise DataError(
                 f"'{source}' has no column '{name}' for the {role.name}{suggestion(name, present)}; "
-                f"its columns are {', '.join(present)}"
+                f"its columns are {', '.join(present)}; say which is which in [data.columns]"
             )
     examples = tuple(_example(where, row, names) for where, row in listed)
     for (where, _), example in zip(listed, examples, strict=True):

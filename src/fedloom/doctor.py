@@ -58,7 +58,7 @@ def present(recipe: Recipe) -> Iterator[str]:
         try:
             yield f"{what}: {len(read(group.data.source, group.data.columns).examples)} examples"
         except DataError:
-            yield f"{what}: not there"
+            yield f"{what}: cannot be used"
     name = recipe.backbone.name
     try:
         folder = Path(backbones.locate(name))

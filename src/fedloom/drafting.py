@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedloom import partition
+from fedloom.backbones import locate
 from fedloom.data import Columns, Example, read, rows_of
 from fedloom.errors import DataError, RecipeError
 from fedloom.labels import several
@@ -221,6 +222,8 @@ def _task(columns: Columns, examples: tuple[Example, ...], wanted: Wanted) -> tu
         raise DataError(
             f"the column '{columns.label}' holds {len(labels)} label; a task needs two, name another with --label."
         )
+    if wanted.get("backbone"):
+        locate(str(wanted["backbone"]))  # which knows what is no backbone
     backbone = str(
         wanted.get("backbone") or ("vilt-small" if images and texts else "clip-small" if images else "text-small")
     )
@@ -242,8 +245,11 @@ def _partition(columns: Columns, examples: tuple[Example, ...], wanted: Wanted) 
     named = {row.site for row in examples}
     if wanted.get("sites") is None and None not in named and len(named) > 1:
         sizes = {site: len(partition.units(rows)) for site, rows in partition.natural(examples).items()}
-        said = f"{len(sizes)} sites in '{columns.site}', of {min(sizes.values())} to {max(sizes.values())} units"
-        if min(sizes.values()) >= SMALL:
+        least, most = min(sizes.values()), max(sizes.values())
+        each = f"{least}" if least == most else f"{least} to {most}"
+        what = f"values of '{columns.group}'" if columns.group else "images or texts"
+        said = f"{len(sizes)} sites in '{columns.site}', with {each} {what} each"
+        if least >= SMALL:
             return {"kind": "natural"}, Said("sites", "natural", said)
         small = sum(size < SMALL for size in sizes.values())
         why = f"{said}; {small} below {SMALL} become one, 'other'"

@@ -1,8 +1,11 @@
 """What a run will cost, measured on a few steps of it: `fedloom run RECIPE --dry-run`."""
 
+import logging
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +14,7 @@ from fedloom.assembly import Federation, assemble, planned
 from fedloom.engines.local import Participant
 from fedloom.federation import site_evaluate, visible
 from fedloom.recipe import Recipe
-from fedloom.report.figures import on_the_wire
+from fedloom.report.figures import duration, on_the_wire, size
 from fedloom.site import Update
 from fedloom.tensors import Private, Shared, at, shapes, to_bytes, under, without
 
@@ -25,78 +28,130 @@ class Estimate:
     sites: int
     rounds: int
     steps: int  # of the optimiser, at all sites
-    trained: int  # parameters that a site trains
-    flops: int  # of a step: matrix products, convolutions and attention, forward and backward
+    trained: tuple[int, int]  # parameters: of the site that trains fewest, and of the one that trains most
+    flops: int  # of the largest step: matrix products, convolutions and attention, forward and backward
     seconds: float
     memory: int  # bytes, at most, of this process
     disk: int  # bytes of checkpoints and private states
     bytes_up: int  # that sites send in all
     bytes_down: int
-    bytes_site: int  # that a site moves in a round, both ways
+    bytes_site: int  # that the site that sends most moves in a round, both ways
     notes: tuple[str, ...]
 
     def lines(self) -> list[str]:
         """For a person to read."""
-        mega = {"memory": self.memory, "disk": self.disk, "up": self.bytes_up, "down": self.bytes_down}
+        sizes = {"memory": self.memory, "disk": self.disk, "up": self.bytes_up, "down": self.bytes_down}
         return [
             f"sites     {self.sites}",
             f"rounds    {self.rounds}",
             f"steps     {self.steps}",
-            f"trained   {self.trained:,} parameters a site",
+            f"trained   {' to '.join(f'{n:,}' for n in sorted(set(self.trained)))} parameters a site",
             f"step      {self.flops / 1e9:,.3g} GFLOP",
-            f"time      {self.seconds / 60:.1f} minutes",
-            *(f"{name:<10}{size / 1e6:,.1f} MB" for name, size in mega.items()),
+            f"time      {duration(self.seconds)}",
+            *(f"{name:<10}{size(n)}" for name, n in sizes.items()),
             f"wire      {on_the_wire(self.bytes_site)}",
             *(f"note      {note}" for note in self.notes),
         ]
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What a site of one kind does: of one task, with an adapter of one width."""
+
+    step: float  # seconds
+    look: float  # seconds an example
+    trained: int
+    flops: int
+    update: Update
+    up: int  # bytes
+    state: int  # bytes that it keeps after a round
+    alone: int  # bytes of the adapter and the head of a site that sends nothing
+
+
 def estimate(recipe: Recipe) -> Estimate:
-    """Read and check all that a recipe names, run a few steps at one site, and count. Nothing is left on disk."""
+    """Read and check all that a recipe names, run a few steps at a site of each kind, and count.
+
+    Nothing is left on disk.
+    """
     recipe = planned(recipe)
     federation = assemble(recipe)
-    own = max(federation.participants.values(), key=lambda p: len(p.site))
-    shared = recipe.method.start(federation.model, federation.task, len(federation.participants), 0)
-    a_step, update, private = _one_round(federation, own, shared)
-    a_look = _time_of_a_look(federation, own, shared)
-    training, schedule = recipe.training, federation.schedule
-    answers = [len(schedule.asked(round)) for round in range(schedule.rounds)]
-    batches = {name: -(-len(p.site) // training.batch) for name, p in federation.participants.items()}
-    steps = sum(batches[n] * training.epochs for r in range(schedule.rounds) for n in schedule.asked(r))
-    steps += sum(batches.values()) * training.finetune
-    trainings = 1 + len({"local", "pooled"} & set(recipe.reference.rows))
-    every = recipe.federation.evaluate_every
-    held_out = sum(len(p.site.held_out) for p in federation.participants.values())
-    tested = sum(len(p.test) for p in federation.participants.values()) * (1 + len(federation.participants))
-    looks = (
-        trainings * (held_out * (schedule.rounds // every if every else 0)) + (1 + len(recipe.reference.rows)) * tested
-    )
-    given, wire = visible(shared), recipe.wire
+    participants, schedule, wire = federation.participants, federation.schedule, recipe.wire
+    shared = recipe.method.start(federation.model, federation.task, len(participants), 0)
+    given = visible(shared)
     first = wire.give(given)
-    sent, left = wire.send(own.site.name, update.tensors, wire.given(first), {})
+    largest: dict[object, Participant] = {}
+    for own in sorted(participants.values(), key=lambda p: len(p.site)):
+        largest[_kind(own)] = own
+    with _no_warnings():  # of sites that hold nothing out, as none does here
+        kinds = {kind: _measured(federation, own, shared, wire.given(first)) for kind, own in largest.items()}
+    measured = {name: kinds[_kind(own)] for name, own in participants.items()}
     # Fresh adapters are half zeros, which pack better than what comes down after the first round.
-    trained = {name: tensor for name, tensor in update.tensors.items() if shapes(given).get(name) == tensor.shape}
-    up, down = len(sent), len(wire.give({**given, **trained}))
-    frame, kept = len(to_bytes(shared)), len(to_bytes({**private, **at("wire", left)}))
-    checkpoints = min(recipe.federation.keep, schedule.rounds)
-    states = min(recipe.federation.keep + 1, schedule.rounds)  # that a site keeps
-    adapter = federation.model.init(recipe.method.adapter, 0)
-    stored = 1 + ("local" in recipe.reference.rows)
-    alone = len(to_bytes({**adapter, **own.site.task.init(federation.model.dim, 0)}))  # of a site that sends nothing
-    kept_by_each = kept * states + alone * (states * (stored - 1) + stored * bool(training.finetune))
+    trained = {
+        name: tensor
+        for one in kinds.values()
+        for name, tensor in one.update.tensors.items()
+        if shapes(given).get(name) == tensor.shape
+    }
+    down = len(wire.give({**given, **trained}))
+    asked = [schedule.asked(round) for round in range(schedule.rounds)]
+    batches = {name: -(-len(p.site) // recipe.training.batch) for name, p in participants.items()}
+    steps = {
+        name: n * (recipe.training.epochs * sum(name in sites for sites in asked) + recipe.training.finetune)
+        for name, n in batches.items()
+    }
+    trainings = 1 + len({"local", "pooled"} & set(recipe.reference.rows))
+    every, keep = recipe.federation.evaluate_every, recipe.federation.keep
+    times = trainings * (schedule.rounds // every if every else 0)  # that held-out examples are looked at
+    tests = (1 + len(recipe.reference.rows)) * (1 + len(participants))
+    looks = {name: times * len(p.site.held_out) + tests * len(p.test) for name, p in participants.items()}
+    checkpoints, states = min(keep, schedule.rounds), min(keep + 1, schedule.rounds)  # that server and site keep
+    stored, tuned = 1 + ("local" in recipe.reference.rows), bool(recipe.training.finetune)
+    kept = sum(one.state * states + one.alone * (states * (stored - 1) + stored * tuned) for one in measured.values())
     return Estimate(
-        sites=len(federation.participants),
+        sites=len(participants),
         rounds=schedule.rounds,
-        steps=steps * trainings,
+        steps=sum(steps.values()) * trainings,
+        trained=(min(one.trained for one in kinds.values()), max(one.trained for one in kinds.values())),
+        flops=max(one.flops for one in kinds.values()),
+        seconds=sum(steps[name] * trainings * one.step + looks[name] * one.look for name, one in measured.items()),
+        memory=_peak(),
+        disk=len(to_bytes(shared)) * checkpoints + kept,
+        bytes_up=sum(measured[name].up for sites in asked for name in sites),
+        bytes_down=len(first) * len(asked[0]) + down * sum(len(sites) for sites in asked[1:]),
+        bytes_site=max(one.up for one in kinds.values()) + down,
+        notes=federation.skipped,
+    )
+
+
+def _kind(own: Participant) -> tuple[object, ...]:
+    return own.group, *sorted(shapes(own.site.initial).items())
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    log = logging.getLogger("fedloom")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _measured(federation: Federation, own: Participant, shared: Shared, given: Shared) -> _Measured:
+    """given: what the site reads in the server's first frame"""
+    step, update, private = _one_round(federation, own, shared)
+    sent, left = federation.recipe.wire.send(own.site.name, update.tensors, given, {})
+    adapter = federation.model.init(federation.recipe.method.adapter, 0)
+    return _Measured(
+        step=step,
+        look=_time_of_a_look(federation, own, shared),
         trained=_trained(update, private),
         flops=_flops(federation, own, shared),
-        seconds=steps * trainings * a_step + looks * a_look,
-        memory=_peak(),
-        disk=frame * checkpoints + kept_by_each * len(federation.participants),
-        bytes_up=up * sum(answers),
-        bytes_down=len(first) * answers[0] + down * sum(answers[1:]),
-        bytes_site=up + down,
-        notes=federation.skipped,
+        update=update,
+        up=len(sent),
+        state=len(to_bytes({**private, **at("wire", left)})),
+        alone=len(to_bytes({**adapter, **own.site.initial, **own.site.task.init(federation.model.dim, 0)})),
     )
 
 
@@ -130,8 +185,7 @@ def _flops(federation: Federation, own: Participant, shared: Shared) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     training = replace(own.site.training, epochs=1, warmup_head=0)
-    # Without what is held out, on which a method may choose once a round.
-    nothing = own.site.held_out[:0]
+    nothing = own.site.held_out[:0]  # on which a method may choose once a round
     site = replace(own.site, train=own.site.train[: training.batch], held_out=nothing, training=training)
     with FlopCounterMode(display=False) as counter:
         federation.method.local_round(0, site, visible(shared), Private({}))

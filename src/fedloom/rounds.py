@@ -206,6 +206,20 @@ def totals(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def summary_of(folder: Path) -> dict[str, Any] | None:
+    """A run's summary.json, None where there is none yet; raises RunError where it is damaged."""
+    path = folder / "summary.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("rounds"), int):
+        raise RunError(f"'{path}' is damaged; remove it, and --resume writes it again.")
+    return found
+
+
 def lines_of(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's rounds.jsonl; raises RunError where it is damaged."""
     path = folder / "rounds.jsonl"

@@ -26,7 +26,7 @@ from fedloom.lineage import lineage
 from fedloom.methods import METHODS, Local, Method, Pooled
 from fedloom.recipe import Recipe, load
 from fedloom.report import write_report
-from fedloom.rounds import arrived, lines_of, newcomers, totals, train
+from fedloom.rounds import arrived, lines_of, newcomers, summary_of, totals, train
 from fedloom.store import Store, holds_anything, write
 from fedloom.tensors import Private, Shared
 from fedloom.tested import Answered
@@ -53,14 +53,14 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether there is a summary, and of as many rounds as the recipe now asks for."""
-        path = self.folder / "summary.json"
-        return path.is_file() and json.loads(path.read_text())["rounds"] == self.recipe.federation.rounds
+        summary = summary_of(self.folder)
+        return summary is not None and summary["rounds"] == self.recipe.federation.rounds
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        if not self.finished:
+        summary = summary_of(self.folder)
+        if summary is None or not self.finished:
             raise RunError(f"the run in '{self.folder}' is not finished; go on with it: --resume.")
-        summary: dict[str, Any] = json.loads((self.folder / "summary.json").read_text())
         return summary
 
     @property
@@ -88,20 +88,31 @@ class Run:
     def private(self, site: str) -> Private:
         """What a site holds after the last round that ended; of a finished run, fine-tuned where the recipe says so.
 
-        A newcomer holds what it makes of the shared adapter of that round.
+        A newcomer holds what it makes of the shared adapter of that round. Raises RunError where it is lost.
         """
         own, store = self.participant(site), Store(site_folder(self.folder, site))
         personal = store.personal() if self.finished and self.round is None else None
         if personal is None and site in self.federation.newcomers:
             return arrived(self.federation.method, own, self.shared)
-        return own_state(store.before(self._last[0] + 1)[1] if personal is None else personal)
+        if personal is not None:
+            return own_state(personal)
+        kept, state = store.before(self.last)
+        answered = [line["round"] for line in self.rounds[: self.last] if line["sites"].get(site, {}).get("answered")]
+        tuned = self.finished and self.round is None and self.recipe.training.finetune > 0
+        if tuned or (answered and kept < answered[-1]):
+            raise RunError(
+                f"what site '{site}' held after round {self.last} is missing or damaged in '{store.folder}'; put it "
+                "back from a copy, or run the recipe again into another folder (--out)."
+            )
+        return own_state(state)
 
     @cached_property
     def _last(self) -> tuple[int, Shared]:
         checkpoints, rounds = Store(self.folder / "server"), self.recipe.federation.rounds
         last, tensors = checkpoints.before(rounds if self.round is None else self.round)
         if last < 0 and self.round is None:
-            raise RunError(f"the run in '{self.folder}' has no round yet; go on with it: --resume.")
+            why = "no checkpoint that can be read" if holds_anything(checkpoints.folder) else "no round yet"
+            raise RunError(f"the run in '{self.folder}' has {why}; go on with it: --resume.")
         if self.round is not None and last != self.round - 1:
             kept = ", ".join(str(number + 1) for number in checkpoints.rounds()) or "none"
             raise RunError(

@@ -125,8 +125,9 @@ def hub_rows(source: str, image: str | None) -> tuple[Path, Rows]:
         loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, configuration or None)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"'{source}' is no manifest, no imagefolder, and `datasets` cannot load it: {str(error).rstrip('.')}. "
-            "Check the name, the configuration (NAME:CONFIGURATION) and the network"
+            f"'{source}' is no manifest and no folder of CLASS/IMAGE, and `datasets` cannot load it: "
+            f"{str(error).rstrip('.')}. Check the path; of a dataset on the hub the name, the configuration "
+            "(NAME:CONFIGURATION) and the network"
         ) from None
     splits = loaded if isinstance(loaded, datasets.DatasetDict) else {str(loaded.split or "train"): loaded}
     root = Path(datasets.config.HF_DATASETS_CACHE) / "fedloom-images"

@@ -145,7 +145,7 @@ def named(name: str) -> Method:
     row = ROWS.get(name, {"method": {"name": name}})
     table = {key: value for key, value in row.get("method", {}).items() if key not in ("name", "preset", "adapter")}
     if (key := row["method"]["name"]) not in METHODS:
-        raise RecipeError(f"there is no method or row '{name}'{guess(name, [*METHODS, *ROWS])}")
+        raise RecipeError(f"there is no method or row '{name}'{guess(name, dict.fromkeys([*METHODS, *ROWS]))}")
     cls: Any = METHODS[key]
     base = getattr(cls, row["method"]["preset"])() if "preset" in row["method"] else None
     made: Method = build(cls, table, Where("verify-aggregation"), base)
@@ -301,6 +301,8 @@ def _asked(name: str, error: Callable[[], Tensor], best: float) -> Finding:
 
 
 def _checked(ranks: Sequence[int]) -> None:
+    if len(ranks) == 1:
+        raise RecipeError(f"a mean needs two sites, and --ranks {ranks[0]} is one; give a rank for each: --ranks 4,4.")
     if not ranks or min(ranks) < 1 or max(ranks) > min(OUT, IN):
         raise RecipeError(
             f"ranks {list(ranks)} were asked for; expected some between 1 and {min(OUT, IN)}: --ranks 4,8,16."

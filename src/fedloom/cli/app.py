@@ -22,7 +22,8 @@ def main() -> None:
     try:
         app()
     except FedloomError as e:
-        print(f"fedloom: {e}", file=sys.stderr)
+        said = str(e)
+        print(f"fedloom: {said}" + "." * (said[-1:] not in (".", "?", "!")), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("fedloom: stopped; nothing that was written is lost. Go on with --resume.", file=sys.stderr)

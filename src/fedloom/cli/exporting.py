@@ -27,15 +27,17 @@ def export(
     """Write what each site serves: a PEFT folder, its head and processor, a card; checked before it is left there."""
     if repository is not None and site is None:
         raise ExportError("--push takes the folder of one site to one repository; name the site (--site).")
-    from fedloom.export import BESIDE, push
+    from fedloom.export import BESIDE, named, push
     from fedloom.export import export as written
     from fedloom.progress import watching
     from fedloom.runs import Run
 
+    target = None if repository is None else named(repository)
     with watching():
         forms = [form for form, asked in zip(BESIDE, (merged, onnx), strict=True) if asked]
         done = written(Run(run, round), to, () if site is None else (site,), forms)
     for folder, checks in done.items():
         print(f"{folder}: {', '.join(dict.fromkeys(check.form for check in checks))}")
-        if repository is not None:
-            print(f"Pushed to {push(folder, repository)}")
+        if target is not None:
+            print(f"Pushed to {push(folder, target)}")
+    print("Each form was loaded again and answers as the federation; each README.md says how to use it.")

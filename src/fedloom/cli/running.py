@@ -98,7 +98,7 @@ def _check_export(folder: Path) -> None:
     with watching():
         checks = list(checked(folder))
     for check in checks:
-        print(check.told)
+        print(folded(check.told))
     if bad := [check for check in checks if not check.equal]:
         raise ExportError(
             f"{len(bad)} of {len(checks)} forms in '{folder}' do not answer as they did; export the run again."
@@ -131,6 +131,8 @@ def predict(
             print(f"{probability:6.1%}  {label}")
         return
     images, table = images_in(image), out or Path("answers.csv")
+    if not table.parent.is_dir() or table.is_dir():
+        raise RunError(f"'{table}' cannot be written: its folder is not there, or it is one; name a file with --out.")
     with watching():
         answers = Run(run).answers(site, images, text, question)
     write_csv(table, answers, top)

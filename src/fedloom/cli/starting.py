@@ -92,8 +92,5 @@ def advise(
 
     asked = loaded(recipe, settings)
     with watching() as watch:
-        found = ask(asked, watch)
-    known = [one.site for one in found]
-    if site is not None and site not in known:
-        raise RunError(f"there is no site '{site}' with held-out examples in {asked.file}; its sites are {known}.")
-    print(advice_table([one for one in found if site in (None, one.site)]))
+        found = ask(asked, watch, site)
+    print(advice_table(found))

@@ -34,7 +34,7 @@ from fedloom.export.folded import parameters
 from fedloom.export.merged import write_merged, write_processor
 from fedloom.export.onnx import FILE as GRAPH
 from fedloom.export.onnx import widened, write_onnx
-from fedloom.export.push import push
+from fedloom.export.push import named, push
 from fedloom.federation import visible
 from fedloom.peft_folder import CONFIG, files
 from fedloom.runs import Run
@@ -45,7 +45,7 @@ from fedloom.tensors import digest, part, to_bytes
 
 BESIDE: tuple[Form, ...] = ("merged", "onnx")  # what may be asked for beside a PEFT folder
 
-__all__ = ["Check", "Form", "checked", "export", "push"]
+__all__ = ["Check", "Form", "checked", "export", "named", "push"]
 
 
 def export(run: Run, to: Path, sites: Sequence[str] = (), forms: Collection[Form] = ()) -> dict[Path, list[Check]]:
@@ -63,13 +63,14 @@ def export(run: Run, to: Path, sites: Sequence[str] = (), forms: Collection[Form
             f"the run in '{run.folder}' is not finished ({over} of {asked} rounds); go on with it (--resume), or "
             f"export what a round left: --round {over}."
         )
-    chosen = list(sites or run.sites)
-    served = {site: _served(run, site) for site in chosen}
-    wanted = {site: _forms(run, site, predictor, forms) for site, predictor in served.items()}
-    folders = {site: to / site_folder(to, site).name for site in chosen}
+    if file := next((path for path in (to, *to.parents) if path.is_file()), None):
+        raise ExportError(f"'{file}' is a file; name a folder with --to.")
+    folders = {site: to / site_folder(to, site).name for site in sites or run.sites}
     for folder in folders.values():
         if folder.is_file() or holds_anything(folder):
             raise ExportError(f"'{folder}' is not empty; name another folder with --to.")
+    served = {site: _served(run, site) for site in folders}
+    wanted = {site: _forms(run, site, predictor, forms) for site, predictor in served.items()}
     weights = digest(run.federation.model.network.module.state_dict())
     done: dict[Path, list[Check]] = {}
     for site, folder in folders.items():

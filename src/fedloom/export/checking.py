@@ -1,5 +1,6 @@
 """Whether an export still answers as the federation did: every form is loaded and asked, by the library it is for."""
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,16 +11,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fedloom.backbones import Attention, load
+from fedloom.backbones import Attention, load, reason
 from fedloom.backbones.adaptable import Adaptable
 from fedloom.backbones.batches import Batch
-from fedloom.errors import ExportError, StoreError
+from fedloom.errors import ExportError, FedloomError, StoreError
 from fedloom.export import about
 from fedloom.export.about import About
 from fedloom.export.fingerprint import FILE, apart, tolerance
 from fedloom.export.onnx import FILE as GRAPH
 from fedloom.export.onnx import inputs, run_onnx
-from fedloom.peft_folder import CONFIG
+from fedloom.peft_folder import CONFIG, WEIGHTS
 from fedloom.sections import Backbone
 from fedloom.tensors import digest, from_bytes
 
@@ -33,8 +34,9 @@ class Check:
     site: str
     form: str
     part: str  # of a blend, else empty
-    apart: float  # the largest difference, as a part of 1 + |logit|
+    apart: float  # the largest difference, as a part of 1 + |logit|; infinite where it cannot be asked
     tolerance: float
+    why: str = ""  # it cannot be asked
 
     @property
     def equal(self) -> bool:
@@ -44,28 +46,40 @@ class Check:
     def told(self) -> str:
         """A sentence."""
         form = f"{self.form} ({self.part})" if self.part else self.form
+        if self.why:
+            return f"site '{self.site}', {form}: {self.why}"
         found = f"{self.apart:.1e} apart from the federation's own, of {self.tolerance:.0e} allowed"
         return f"site '{self.site}', {form}: logits {'equal' if self.equal else 'differ'}, {found}."
 
 
 def checked(folder: Path) -> Iterator[Check]:
-    """Every form of an export, or of all exports in a folder.
+    """Every form of an export, or of all exports beneath a folder.
 
-    raises ExportError: there is none, a file is missing or damaged, or the backbone is not the one that was trained on
+    One that cannot be asked is told with why: a file is missing or damaged, or the backbone is not the one that was
+    trained on. Raises ExportError where there is no export.
     """
-    found = sorted({path.parent for path in (*folder.glob(about.FILE), *folder.glob(f"*/{about.FILE}"))})
+    found = sorted(path.parent for path in folder.rglob(about.FILE))
     if not found:
         raise ExportError(f"'{folder}' holds no export; name a folder that fedloom export wrote.")
     base = lru_cache(1)(_base)
     for site in found:
-        said = about.read(site)
-        model = base(said.backbone, said.weights)
-        batch = said.inputs.batch(model.network, said.task)
+        try:
+            said = about.read(site)
+        except FedloomError as e:
+            yield Check(site.name, about.FILE, "", math.inf, 0.0, str(e))
+            continue
         for form in said.forms:
             for part in said.parts or ("",) if form == "peft" else ("",):
-                expected = _tensors(site / part / FILE)["logits"]
-                difference = apart(_logits(form, site / part, said, model, batch), expected)
-                yield Check(said.site, form, part, difference, tolerance(form, said.backbone.dtype))
+                within = tolerance(form, said.backbone.dtype)
+                try:
+                    model = base(said.backbone, said.weights)
+                    batch = said.inputs.batch(model.network, said.task)
+                    expected = _tensors(site / part / FILE)["logits"]
+                    difference = apart(_logits(form, site / part, said, model, batch), expected)
+                except FedloomError as e:
+                    yield Check(said.site, form, part, math.inf, within, str(e))
+                else:
+                    yield Check(said.site, form, part, difference, within)
 
 
 @torch.no_grad()
@@ -91,12 +105,18 @@ def in_peft(module: Any, folder: Path) -> Any:
         import fedloom.peft_bottleneck  # noqa: F401  (PEFT learns of it)
     except ImportError:
         raise ExportError("a PEFT folder is checked by PEFT, which is missing: pip install 'fedloom[peft]'.") from None
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ExportError(f"'{folder / name}' is missing; export the run again.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it says of its own future is no concern of the user
             return PeftModel.from_pretrained(module, folder).eval()
     except Exception as e:  # a damaged folder can fail in any way
-        raise ExportError(f"PEFT cannot load '{folder}': {str(e).splitlines()[0]}") from e
+        raise ExportError(
+            f"PEFT cannot load '{folder}', whose {CONFIG} or {WEIGHTS} is damaged ({type(e).__name__}: {reason(e)}); "
+            "export the run again."
+        ) from e
 
 
 def _answer(model: Adaptable, folder: Path, said: About, batch: Batch) -> Tensor:
@@ -120,4 +140,4 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         return from_bytes(path.read_bytes())
     except (OSError, StoreError) as e:
-        raise ExportError(f"'{path}' is missing or damaged: {e}") from e
+        raise ExportError(f"'{path}' is missing or damaged ({reason(e)}); export the run again.") from e

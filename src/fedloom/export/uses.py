@@ -21,22 +21,20 @@ LINEAR = """pooled = F.layer_norm(pooled.float(), pooled.shape[-1:])
 MLP = """hidden = F.linear(pooled.float(), head["head/hidden_weight"], head["head/hidden_bias"])
     hidden = F.layer_norm(hidden, hidden.shape[-1:], head["head/norm_weight"], head["head/norm_bias"])
     return F.linear(F.gelu(hidden), head["head/weight"], head["head/bias"])"""
-SESSION = """import onnxruntime
-
-session = onnxruntime.InferenceSession("model.onnx")
-(logits,) = session.run(None, inputs)  # {names}: see docs/export.md"""
+GRAPH = """pixels = images(pictures, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+    given["images"] = pixels.round().clip(0, 255).astype("uint8")"""
+PIECES = "pieces({of}, padding={padding}, truncation=True, return_token_type_ids=False, return_tensors={kind!r})"
 
 
 def uses(about: About, model_type: str, adapted: bool) -> Iterator[str]:
-    """Blocks of Markdown.
+    """Blocks of Markdown: each makes `answers`, the logits of pictures and texts, a column for each label.
 
     model_type: of the backbone's config.json
     adapted: whether there is an adapter to load
     """
     for form in about.forms:
         if form == "onnx":
-            names = [name for name, on in (("images", about.inputs.images), ("input_ids", about.inputs.texts)) if on]
-            yield _block(SESSION.format(names=", ".join(names)))
+            yield _block("\n".join(_graph(about)))
         elif isinstance(about.task, Ranking):
             yield "A decoder ranks the answers, which transformers does not: use fedloom, or the ONNX graph."
         else:
@@ -46,6 +44,7 @@ def uses(about: About, model_type: str, adapted: bool) -> Iterator[str]:
 def _lines(about: About, form: str, model_type: str, adapted: bool) -> Iterator[str]:
     prompts = isinstance(about.task, Classification) and about.task.head == "prompts"
     by_peft = form == "peft" and adapted
+    yield from ["import json\n"] * prompts
     yield "import torch"
     if not prompts:
         yield "import torch.nn.functional as F"
@@ -53,36 +52,74 @@ def _lines(about: About, form: str, model_type: str, adapted: bool) -> Iterator[
         yield "from peft import PeftModel"
     if not prompts:
         yield "from safetensors.torch import load_file"
-    yield "from transformers import AutoModel"
+    yield f"from transformers import {', '.join(_classes(about, about.inputs.texts or prompts, 'AutoModel'))}"
+    name = about.backbone.name
+    built_in = form != "merged" and locate(name) not in (name, str(Path(name)))
     if by_peft and about.adapter == "bottleneck":
         yield "\nimport fedloom.peft_bottleneck  # PEFT learns of the adapter"
     if model_type == "albef":
         yield "\nimport fedloom.backbones.albef_model  # AutoModel learns of ALBEF"
+    if built_in:
+        yield "\nfrom fedloom.backbones import locate"
     folder = about.parts[0] if about.parts and form == "peft" else "."
     if form == "merged":
         yield '\nmodel = AutoModel.from_pretrained("merged").eval()'
     else:
-        yield f"\nbase = {json.dumps(about.backbone.name)}{_where(about.backbone.name)}"
+        quoted = json.dumps(name)
+        yield f"\nbase = {f'locate({quoted})  # a folder that comes with fedloom' if built_in else quoted}"
         yield f"model = AutoModel.from_pretrained(base, dtype=torch.{about.backbone.dtype}).eval()"
     if by_peft:
         yield f'model = PeftModel.from_pretrained(model, "{folder}").eval()'
     if not prompts:
         yield f'head = load_file("{folder}/head.safetensors")'
-    yield "\n\n@torch.no_grad()"
+    yield from _processing(about, about.inputs.texts or prompts)
     if prompts:
-        yield "def logits(**inputs):  # what the processor makes of pictures, and of a prompt for each label"
+        yield 'task = json.load(open("fedloom.json"))["task"]'
+        yield 'prompts = [task["template"].format(label) for label in task["labels"]]'
+    yield "\n\n@torch.no_grad()"
+    yield "def logits(**inputs):"
+    if prompts:
         yield "    return model(**inputs).logits_per_image"
-        return
-    yield "def logits(**inputs):  # what the processor makes of an example"
-    texts_alone = model_type in ("clip", "siglip") and not about.inputs.images
-    pooled = POOLED.get(model_type, MEAN)
-    yield f"    {pooled.replace('get_image', 'get_text') if texts_alone else pooled}"
-    yield f"    {MLP if isinstance(about.task, VQA) and about.task.head == 'mlp' else LINEAR}"
+    else:
+        texts_alone = model_type in ("clip", "siglip") and not about.inputs.images
+        pooled = POOLED.get(model_type, MEAN)
+        yield f"    {pooled.replace('get_image', 'get_text') if texts_alone else pooled}"
+        yield f"    {MLP if isinstance(about.task, VQA) and about.task.head == 'mlp' else LINEAR}"
+    given = ['**images(pictures, return_tensors="pt")'] * about.inputs.images
+    if about.inputs.texts or prompts:
+        padding = '"max_length"' if model_type == "siglip" else "True"
+        given.append(f"**{PIECES.format(of='texts' if about.inputs.texts else 'prompts', padding=padding, kind='pt')}")
+    yield f"\n\n{_answers(about)}"
+    yield f"    return logits({', '.join(given)})"
 
 
-def _where(backbone: str) -> str:
-    built_in = locate(backbone) not in (backbone, str(Path(backbone)))
-    return f'  # its folder: fedloom.backbones.locate("{backbone}")' if built_in else ""
+def _graph(about: About) -> Iterator[str]:
+    yield "import onnxruntime"
+    yield f"from transformers import {', '.join(_classes(about, about.inputs.texts))}"
+    yield '\nsession = onnxruntime.InferenceSession("model.onnx")'
+    yield from _processing(about, about.inputs.texts)
+    yield f"\n\n{_answers(about)}"
+    pieces = f"dict({PIECES.format(of='texts', padding='True', kind='np')})"
+    yield f"    given = {pieces if about.inputs.texts else '{}'}"
+    if about.inputs.images:
+        yield f"    {GRAPH}"
+    yield "    (logits,) = session.run(None, given)"
+    yield "    return logits"
+
+
+def _answers(about: About) -> str:
+    takes = ["pictures"] * about.inputs.images + ["texts"] * about.inputs.texts
+    return f"def answers({', '.join(takes)}):  # a row each, a column for each label of fedloom.json"
+
+
+def _classes(about: About, texts: bool, *others: str) -> list[str]:
+    """Those of transformers that a block imports, in order."""
+    return sorted([*others, *["AutoImageProcessor"] * about.inputs.images, *["AutoTokenizer"] * texts])
+
+
+def _processing(about: About, texts: bool) -> Iterator[str]:
+    yield from ['images = AutoImageProcessor.from_pretrained(".")'] * about.inputs.images
+    yield from ['pieces = AutoTokenizer.from_pretrained(".")'] * texts
 
 
 def _block(code: str) -> str:

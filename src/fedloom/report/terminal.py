@@ -140,7 +140,7 @@ def comparison_table(comparison: "Comparison") -> str:
     """Rows with their 95 % intervals over seeds, in points, and their paired differences; a view a block. Below it how
     sites differ, what it cost, who would do better alone, and what is not there and why."""
     content: Mapping[str, Any] = vars(comparison)
-    lines = [f"{len(comparison.seeds)} seeds; in points, with 95 % t intervals over seeds"]
+    lines = [f"{counted(len(comparison.seeds), 'seed')}; in points, with 95 % t intervals over seeds"]
     for name in compared.means(content):
         lines += ["", name.removesuffix(".mean")]
         lines += [
