@@ -112,7 +112,8 @@ class Backbone:
     # of the frozen weights; fastest: bfloat16 where this machine multiplies it in hardware
     dtype: Literal["auto", "fastest", "float32", "bfloat16"] = "auto"
     attention: Literal["auto", "eager", "sdpa"] = "auto"
-    kernels: Literal["auto", "plain", "fused"] = "auto"  # an adapter's formula, or the functions of fedloom.fused
+    # an adapter's formula, or the functions of fedloom.fused; short: those, and of the last block what is pooled, alone
+    kernels: Literal["auto", "plain", "fused", "short"] = "auto"
     checkpointing: bool = False  # less memory, more time
     cache: bool = False  # keep what the blocks below the first adapter make of each example
 
