@@ -26,7 +26,7 @@ from fedloom.recipe import load
 from fedloom.site import Answer, Silence, Site
 from fedloom.store import Store
 from fedloom.tasks import Classification
-from fedloom.tensors import Private, Tensors, generator
+from fedloom.tensors import Private, Tensors, generator, same
 from fedloom.training import Training
 
 ADAPTERS = [LoRA(rank=3), LoRA(rank=3, gated=True, alpha=5.0), Bottleneck(5), Bottleneck(5, "gelu")]
@@ -151,6 +151,26 @@ def test_branches_share_what_is_below_their_adapters(model: Adaptable, images: C
         assert rows_in(fc1, lambda calls=calls: model.together(calls)) == [rows]  # type: ignore[misc]
         embedding = model.network.module.get_submodule("vision_model.embeddings")
         assert rows_in(embedding, lambda calls=calls: model.together(calls)) == [2 * 3 * PIXELS]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("method", [FedDLP(), FedDLP(LoRA(rank=4, last=1))], ids=str)
+def test_feddlp_begins_a_batch_once_with_the_same_bits(
+    site: Callable[..., Site], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: FedDLP
+) -> None:
+    sites = [site("oslo", 5)]
+    embedding = sites[0].model.network.module.get_submodule("vision_model.embeddings")
+    found: list[Tensors] = []
+
+    def trained(folder: str) -> None:
+        replies, kept = round_of(method, sites, tmp_path / folder, 1)
+        answer = replies["oslo"]
+        assert isinstance(answer, Answer)
+        found.append({**answer.update.tensors, **kept["oslo"]})
+
+    once = rows_in(embedding, lambda: trained("once"))
+    monkeypatch.setattr(Adaptable, "begun", lambda self, batch, adapters: batch)
+    assert len(once) < len(rows_in(embedding, lambda: trained("each time")))
+    assert same(*found)
 
 
 def test_the_plan_says_which_kernels_run(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

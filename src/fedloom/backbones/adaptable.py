@@ -164,14 +164,20 @@ class Adaptable:
             for place, leaves in places.items()
             for leaf, tensor in leaves.items()
         }
-        if not batches[0].prefix and all(batch is batches[0] for batch in batches):
-            frozen = min(self.frozen_blocks(adapter) or 0 for adapter in adapters)
-            kept = self.prefix(batches[:1], frozen)
-            batches = (replace(batches[0], images=None, prefix=kept),) * len(batches) if kept else batches
+        if all(batch is batches[0] for batch in batches):
+            batches = (self.begun(batches[0], adapters),) * len(batches)
         whole = self(joined(batches), Parted(adapters), parts)
         n = len(batches[0])
         scores = [None] * len(asked) if whole.scores is None else torch.split(whole.scores, n)
         return [Features(*pair) for pair in zip(torch.split(whole.pooled, n), scores, strict=True)]
+
+    def begun(self, batch: Batch, adapters: Sequence[Adapter]) -> Batch:
+        """The batch for several calls: what lies below all these adapters runs once, with the same bits."""
+        frozen = [self.frozen_blocks(adapter) for adapter in adapters]
+        if batch.prefix or None in frozen:
+            return batch
+        kept = self.prefix([batch], min(blocks for blocks in frozen if blocks is not None))
+        return replace(batch, images=None, prefix=kept) if kept else batch
 
     def inputs(self, batch: Batch, adapter: Added, tensors: Tensors) -> Iterator[tuple[Place, Tensor, Tensor]]:
         """What the adapter reads at each place, (m, positions, in_dim), and which positions are not padding."""
