@@ -61,6 +61,7 @@ class Federation:
             {name: replace(p, store=Store(site_folder(folder, name), keep)) for name, p in self.participants.items()},
             self.recipe.wire,
             self.recipe.federation.group,
+            self.recipe.federation.workers,
         )
 
 
