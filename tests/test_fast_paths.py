@@ -6,29 +6,33 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedloom.adapters import Bottleneck, LoRA
+from fedloom.adapters import IA3, Bottleneck, LoRA, Norms, Prompt
 from fedloom.assembly import assemble, planned
 from fedloom.backbones import Adaptable, Batch
+from fedloom.backbones.adaptable import Kernels
+from fedloom.backbones.clip import CLIP
 from fedloom.data import Dataset
 from fedloom.engines.grouped import Lane
 from fedloom.engines.local import LocalEngine, Participant
 from fedloom.errors import TrainingError
 from fedloom.fused import FUSED
 from fedloom.methods import Ditto, FedAvg, FedDLP, Method
+from fedloom.methods.feddlp import LAYERS
 from fedloom.parted import Parted
-from fedloom.places import Added
+from fedloom.places import Adapter, Added
 from fedloom.recipe import load
 from fedloom.site import Answer, Silence, Site
 from fedloom.store import Store
 from fedloom.tasks import Classification
-from fedloom.tensors import Private, Tensors, generator
+from fedloom.tensors import Private, Tensors, generator, same
 from fedloom.training import Training
 
 ADAPTERS = [LoRA(rank=3), LoRA(rank=3, gated=True, alpha=5.0), Bottleneck(5), Bottleneck(5, "gelu")]
 LABELS = ("cat", "dog", "bird")
 WIDTH = 24
+PIXELS = 32  # a side of an image
 
 
 def drawn(shape: tuple[int, ...], *key: object) -> Tensor:
@@ -100,6 +104,73 @@ def test_parts_are_each_part_by_itself(adapter: Added, alike: bool) -> None:
     for found in (plainly(parts, h, out, named), FUSED[Parted](parts, h, out.clone(), named)):
         for a, b in zip(expected, derived(found, list(named.values())), strict=True):
             near(b, a)
+
+
+def rows_in(module: nn.Module, work: Callable[[], object]) -> list[int]:
+    """How many rows a layer reads at each of its calls."""
+    seen: list[int] = []
+    hook = module.register_forward_hook(lambda layer, args, out: seen.append(args[0].shape[:-1].numel()))
+    work()
+    hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("adapter", [LoRA(), LoRA(targets=LAYERS), Bottleneck(3), IA3(), Prompt(), Norms()], ids=str)
+def test_a_short_last_block_gives_what_the_whole_one_does(
+    network: Callable[..., CLIP], images: Callable[..., Tensor], adapter: Adapter, size: int
+) -> None:
+    model = Adaptable(network())
+    batch = Batch(torch.zeros(size), images(size), candidates=LABELS)
+    own = {name: t + 0.1 * drawn(tuple(t.shape), name) for name, t in model.init(adapter, 0).items()}
+    fc1 = model.network.module.get_submodule("vision_model.encoder.layers.2.mlp.fc1")
+
+    def found(kernels: Kernels) -> list[Tensor]:
+        free = {name: t.detach().requires_grad_() for name, t in own.items()}
+        model.use(kernels)
+        scores = model(batch, adapter, free).scores
+        assert scores is not None
+        return derived(scores, list(free.values()))
+
+    for whole, short in zip(found("plain"), found("short"), strict=True):
+        near(short, whole)
+    if not isinstance(adapter, Prompt | Norms):  # which run the whole block
+        assert rows_in(fc1, lambda: found("short")) == [size]
+    assert rows_in(fc1, lambda: found("plain"))[0] >= 17 * size
+    assert rows_in(fc1, lambda: [*model.inputs(batch, LoRA(), {})]) == [17 * size]  # what a place reads, whole
+
+
+def test_branches_share_what_is_below_their_adapters(model: Adaptable, images: Callable[..., Tensor]) -> None:
+    batch = Batch(torch.zeros(2), images(2), candidates=LABELS)
+    fc1 = model.network.module.get_submodule("vision_model.encoder.layers.1.mlp.fc1")
+    for last, rows in ((None, 4 * 17), (1, 2 * 17)):
+        adapters = (LoRA(last=last), LoRA(rank=2, last=last))
+        calls = [(batch, put, {n: drawn(tuple(t.shape), n) for n, t in model.init(put, 0).items()}) for put in adapters]
+        for whole, shared in zip((model(*call) for call in calls), model.together(calls), strict=True):
+            near(shared.pooled, whole.pooled)
+        assert rows_in(fc1, lambda calls=calls: model.together(calls)) == [rows]  # type: ignore[misc]
+        embedding = model.network.module.get_submodule("vision_model.embeddings")
+        assert rows_in(embedding, lambda calls=calls: model.together(calls)) == [2 * 3 * PIXELS]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("method", [FedDLP(), FedDLP(LoRA(rank=4, last=1))], ids=str)
+def test_feddlp_begins_a_batch_once_with_the_same_bits(
+    site: Callable[..., Site], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: FedDLP
+) -> None:
+    sites = [site("oslo", 5)]
+    embedding = sites[0].model.network.module.get_submodule("vision_model.embeddings")
+    found: list[Tensors] = []
+
+    def trained(folder: str) -> None:
+        replies, kept = round_of(method, sites, tmp_path / folder, 1)
+        answer = replies["oslo"]
+        assert isinstance(answer, Answer)
+        found.append({**answer.update.tensors, **kept["oslo"]})
+
+    once = rows_in(embedding, lambda: trained("once"))
+    monkeypatch.setattr(Adaptable, "begun", lambda self, batch, adapters: batch)
+    assert len(once) < len(rows_in(embedding, lambda: trained("each time")))
+    assert same(*found)
 
 
 def test_the_plan_says_which_kernels_run(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

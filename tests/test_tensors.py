@@ -6,13 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 from torch import Tensor
 
 from fedloom.errors import StoreError, UpdateError
 from fedloom.tensors import (
+    KINDS,
     at,
     by_place,
     detached,
+    finite,
     from_bytes,
     generator,
     mean,
@@ -142,6 +145,25 @@ def test_a_frame_holds_no_graph_and_copes_with_shared_memory() -> None:
     assert not any(t.requires_grad for t in back.values())
     assert torch.equal(back["a/y"], back["a/z"])
     assert not detached({"a/x": tensor * 2})["a/x"].requires_grad
+
+
+@pytest.mark.parametrize("kinds", [list(KINDS), [torch.float32], []])
+def test_a_frame_is_that_of_safetensors(kinds: list[torch.dtype]) -> None:
+    tensors = {f'{i}/é"\\\x01': torch.arange(6).reshape(2, 3).to(kind) for i, kind in enumerate(reversed(kinds))}
+    tensors |= {f"{i}/s": torch.ones((), dtype=kind) for i, kind in enumerate(kinds)}
+    tensors |= {f"{i}/none": torch.ones(0, 4, dtype=kind) for i, kind in enumerate(kinds)}
+    assert to_bytes(tensors) == save(tensors)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_finite_sees_each_number(kind: torch.dtype, number: float) -> None:
+    sound = {"a": torch.ones(3, dtype=kind), "b": torch.ones(2, 2), "n": torch.tensor(7), "none": torch.ones(0)}
+    assert finite(sound)
+    for place in range(3):
+        wrong = sound["a"].clone()
+        wrong[place] = number
+        assert not finite({**sound, "z": wrong})
 
 
 @pytest.mark.parametrize("frame", [b"", b"no safetensors", to_bytes({"a/b": torch.ones(9)})[:-5]])

@@ -61,6 +61,7 @@ class Federation:
             {name: replace(p, store=Store(site_folder(folder, name), keep)) for name, p in self.participants.items()},
             self.recipe.wire,
             self.recipe.federation.group,
+            self.recipe.federation.workers,
         )
 
 
@@ -100,7 +101,8 @@ def assemble(recipe: Recipe, tested: bool = True, owner: str | None = None) -> F
     named = recipe.backbone  # after the data: what is missing is said before a backbone is fetched
     attention = cast(Attention, named.attention)
     model = backbones.load(named.name, named.towers, getattr(torch, named.dtype), attention, named.checkpointing)
-    model.use("fused" if named.kernels == "fused" else "plain")  # which a run of before there was a choice is
+    # A run of before there was a choice is plain.
+    model.use("plain" if named.kernels == "auto" else named.kernels)
     participants: dict[str, Participant] = {}
     newcomers: dict[str, Participant] = {}
     skipped: list[str] = []

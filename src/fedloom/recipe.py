@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 BUILT_IN = Path(__file__).resolve().parent / "assets" / "recipes"
 TUNE = "tune"  # of [compare]: no row, but the values that `--tune` tries for each
 # They change no result.
-UNCOUNTED = {("federation", key) for key in ("engine", "keep", "track", "deadline")} | {("compare",)}
+UNCOUNTED = {("federation", key) for key in ("engine", "keep", "track", "deadline", "workers")} | {("compare",)}
 # Keys that came later, and the values by which results are what they were before.
 LATER: Mapping[tuple[str, ...], tuple[Any, ...]] = {
     ("backbone", "kernels"): ("auto", "plain"),

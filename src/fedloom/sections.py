@@ -27,6 +27,7 @@ class Federation:
     participation: Annotated[float, Gt(0), Le(1)] = 1.0  # the fraction of the sites that is asked each round
     quorum: Annotated[float, Gt(0), Le(1)] = 1.0  # the fraction of the asked sites that must answer
     group: Positive = 1  # sites that train in one pass; with more, results differ by rounding
+    workers: Positive = 1  # processes over sites, where all are on this machine; the results are the same
     evaluate_every: Count = 1  # rounds between evaluations on the held-out examples; 0: never
     keep: Positive = 3  # checkpoints of the server
     track: tuple[Literal["mlflow", "tensorboard", "trackio", "wandb"], ...] = ()  # boards that are told of every round
@@ -112,7 +113,8 @@ class Backbone:
     # of the frozen weights; fastest: bfloat16 where this machine multiplies it in hardware
     dtype: Literal["auto", "fastest", "float32", "bfloat16"] = "auto"
     attention: Literal["auto", "eager", "sdpa"] = "auto"
-    kernels: Literal["auto", "plain", "fused"] = "auto"  # an adapter's formula, or the functions of fedloom.fused
+    # an adapter's formula, or the functions of fedloom.fused; short: those, and of the last block what is pooled, alone
+    kernels: Literal["auto", "plain", "fused", "short"] = "auto"
     checkpointing: bool = False  # less memory, more time
     cache: bool = False  # keep what the blocks below the first adapter make of each example
 

@@ -179,7 +179,7 @@ class _Layer:
     """One linear layer as a `Network`; an example is what the layer reads."""
 
     processor: Sequence[Any] = ()
-    fuses, trunk, blocks = False, "probe", 1
+    fuses, short, trunk, blocks = False, False, "probe", 1
 
     def __init__(self, weight: Tensor):
         self.module: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=False)

@@ -7,6 +7,7 @@ hooks, replaced ones by `torch.func.functional_call`. One backbone in memory ser
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -40,6 +41,7 @@ class Network(Protocol):
     fuses: bool  # whether it reads an image and a text together, or one of the two
     trunk: str  # the tower whose prefix can be cached
     blocks: int  # of that tower
+    short: bool  # whether its last block runs only where the pooled features read it, if the family can
 
     def decode(self, image: Image.Image) -> Tensor:
         """A picture as the model sees it, before normalisation: (3, height, width) uint8."""
@@ -54,7 +56,7 @@ class Network(Protocol):
         """What the embeddings and the first `blocks` frozen blocks make of the batch, (n, ...) each."""
 
 
-Kernels = Literal["plain", "fused"]
+Kernels = Literal["plain", "fused", "short"]
 Use = Callable[[Place, Tensor, Tensor], Tensor]  # (place, input, output) -> output
 Call = tuple[Batch, Adapter, Tensors]
 Insert = Callable[[Place], Tensor | None]  # place -> positions, (n, dim)
@@ -92,12 +94,15 @@ class Adaptable:
             place.name: self._paths[module] for place, module in network.places.items() if module in self._paths
         }
         self._replaceable = frozenset(self._parameters(Everything()))
+        self._checkpointing = checkpointing
         if checkpointing:
             self._checkpoint()
 
     def use(self, kernels: Kernels) -> None:
-        """Whether an adapter runs as its own formula or, where there is one, as a function of `fedloom.fused`."""
-        self._kernels: Mapping[type, Fused] = FUSED if kernels == "fused" else {Parted: FUSED[Parted]}
+        """Whether an adapter runs as its own formula or, where there is one, as a function of `fedloom.fused`; short:
+        the latter, and of the last block no more than the pooled features read, which differs by rounding."""
+        self._kernels: Mapping[type, Fused] = {Parted: FUSED[Parted]} if kernels == "plain" else FUSED
+        self._short = kernels == "short"
 
     def init(self, adapter: Adapter, *seed: object) -> dict[str, Tensor]:
         """Fresh tensors: at each place a function of (seed, place) alone; of a replaced adapter, the model's own."""
@@ -136,14 +141,16 @@ class Adaptable:
             leaves = own.get(place.name)
             return None if leaves is None else put.positions(leaves)  # type: ignore[union-attr]  # it is `Inserted`
 
-        with self._using(None, insert) if isinstance(put, Inserted) else self._using(use):
+        short = not self._checkpointing and (self._short or isinstance(put, Parted))
+        with self._using(None, insert) if isinstance(put, Inserted) else self._using(use, short=short):
             return self.network.features(batch, {place.tower for place in self.places if place.name in own})
 
     def together(self, asked: Sequence[Call]) -> list[Features]:
         """What each of these calls gives, in one pass over all their rows where they can share one.
 
-        They can where batches are of one form, and adapters are added at the same places of the trunk. It differs from
-        one after the other by rounding.
+        They can where batches are of one form, and adapters are added at the same places of the trunk. What lies below
+        all adapters runs once for a batch that all calls share, the last block as in `short`. It differs from one after
+        the other by rounding.
         """
         batches, adapters, tensors = zip(*asked, strict=True)
         own = [self._own(one) for one in tensors]
@@ -157,10 +164,20 @@ class Adaptable:
             for place, leaves in places.items()
             for leaf, tensor in leaves.items()
         }
+        if all(batch is batches[0] for batch in batches):
+            batches = (self.begun(batches[0], adapters),) * len(batches)
         whole = self(joined(batches), Parted(adapters), parts)
         n = len(batches[0])
         scores = [None] * len(asked) if whole.scores is None else torch.split(whole.scores, n)
         return [Features(*pair) for pair in zip(torch.split(whole.pooled, n), scores, strict=True)]
+
+    def begun(self, batch: Batch, adapters: Sequence[Adapter]) -> Batch:
+        """The batch for several calls: what lies below all these adapters runs once, with the same bits."""
+        frozen = [self.frozen_blocks(adapter) for adapter in adapters]
+        if batch.prefix or None in frozen:
+            return batch
+        kept = self.prefix([batch], min(blocks for blocks in frozen if blocks is not None))
+        return replace(batch, images=None, prefix=kept) if kept else batch
 
     def inputs(self, batch: Batch, adapter: Added, tensors: Tensors) -> Iterator[tuple[Place, Tensor, Tensor]]:
         """What the adapter reads at each place, (m, positions, in_dim), and which positions are not padding."""
@@ -233,12 +250,13 @@ class Adaptable:
         return hook
 
     @contextlib.contextmanager
-    def _using(self, use: Use | None, insert: Insert | None = None) -> Iterator[None]:
-        before, (self._use, self._insert) = (self._use, self._insert), (use, insert)
+    def _using(self, use: Use | None, insert: Insert | None = None, short: bool = False) -> Iterator[None]:
+        before = self._use, self._insert, self.network.short
+        self._use, self._insert, self.network.short = use, insert, short
         try:
             yield
         finally:
-            self._use, self._insert = before
+            self._use, self._insert, self.network.short = before
 
     def _parameters(self, adapter: Replaced) -> dict[str, nn.Parameter]:
         taken: dict[nn.Parameter, str] = {}  # a tied parameter once, under its first name

@@ -99,7 +99,7 @@ class Albef:
     vision tower's; the text layers are run each time: a question is short.
     """
 
-    fuses = True
+    fuses, short = True, False
     trunk = "vision"
 
     def __init__(self, module: "AlbefModel", processor: Any, towers: Sequence[str] = TOWERS):

@@ -38,7 +38,7 @@ class CLIP:
         config = self.module.config
         self.siglip: bool = config.model_type != "clip"
         self.dim: int = config.vision_config.hidden_size if self.siglip else config.projection_dim
-        self.fuses = False
+        self.fuses = self.short = False
         self.trunk = "vision"
         self.blocks: int = config.vision_config.num_hidden_layers
         parts = {
@@ -108,7 +108,9 @@ class CLIP:
             done = int(name.rpartition(".")[2])
         else:
             hidden, done = self._embed(batch.images), 0
-        hidden = self._blocks(hidden, done, self.blocks)
+        short = self.short and done < self.blocks and not (self.siglip or torch.compiler.is_exporting())
+        hidden = self._blocks(hidden, done, self.blocks - short)
+        hidden = _top(vision.encoder.layers[-1], hidden) if short else hidden
         if self.siglip:
             pooled = vision.head(vision.post_layernorm(hidden)).float()
         else:
@@ -129,6 +131,25 @@ class CLIP:
         if batch.texts is None:
             raise DataError("the examples have neither an image nor a text; name their columns in [data.columns].")
         return batch.texts
+
+
+def _top(block: Any, hidden: Tensor) -> Tensor:
+    """The first position (n, 1, d) that the last block makes, the one that is pooled: keys and values are of all, and
+    all else of this one. Adapters are put in as ever."""
+
+    def forward(hidden: Tensor) -> Tensor:
+        attention, read = block.self_attn, block.layer_norm1(hidden)
+        q, k, v = attention.q_proj(read[:, :1]), attention.k_proj(read), attention.v_proj(read)
+        q, k, v = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        weights = (q @ k.mT * attention.scale).softmax(-1, dtype=torch.float32).to(q.dtype)
+        first = hidden[:, :1] + attention.out_proj((weights @ v).transpose(1, 2).flatten(2))
+        return first + block.mlp(block.layer_norm2(first))  # type: ignore[no-any-return]
+
+    block.forward = forward  # rather than called, for the hooks of the block
+    try:
+        return block(hidden)  # type: ignore[no-any-return]
+    finally:
+        del block.forward
 
 
 def _texts_alone(batch: Batch) -> bool:

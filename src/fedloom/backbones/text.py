@@ -137,7 +137,7 @@ def written(texts: Sequence[str]) -> tuple[str, ...]:
 class Text:
     """A Hugging Face encoder of BERT's kind as a `Network`."""
 
-    fuses = False
+    fuses = short = False
     trunk = "text"
 
     def __init__(self, module: Any, tokenizer: Any, towers: Sequence[str] = ("text",)):

@@ -42,7 +42,7 @@ class ViLT:
     text is empty. A text is cut to the model's number of positions (40 in the published models).
     """
 
-    fuses = True
+    fuses, short = True, False
     trunk = "joint"
 
     def __init__(self, module: Any, processor: Any, towers: Sequence[str] = ("joint",)):

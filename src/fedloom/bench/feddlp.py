@@ -31,7 +31,7 @@ def feddlp_step(size: Size, repeats: int) -> Iterator[Line]:
     last = dtypes()[-1]
     steps["alternating"] = own(models[last], given, FedDLP(reuse=True))
     steps |= {"two passes": peft(size, given, joint=True), "four forwards": peft(size, given, joint=False)}
-    steps |= {f"floor {dtype}": floor(made, given) for dtype, made in models.items()}
+    steps |= {f"floor {dtype}": floor(clip(size, dtype, "short"), given) for dtype in models}
     took = interleaved(steps, repeats)
     asked = [(dtype, peer) for dtype in models for peer in GOALS] + [("alternating", "four forwards")]
     for name, peer in asked:

@@ -1,15 +1,16 @@
 """A training step of LoRA: against HF PEFT in a plain loop, with all prompts encoded anew, and on a cached prefix."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fedloom.adapters import Head, LoRA
+from fedloom.assembly import KERNELS
 from fedloom.backbones import Adaptable, Batch
-from fedloom.backbones.adaptable import has_bf16
+from fedloom.backbones.adaptable import Kernels, has_bf16
 from fedloom.bench.lines import Line
 from fedloom.bench.measuring import interleaved, milliseconds, products
 from fedloom.bench.shapes import NAMES, Size, batch, clip, clip_module, normalised, prompts
@@ -28,19 +29,20 @@ Step = Callable[[], object]
 def lora_step(size: Size, repeats: int) -> Iterator[Line]:
     """Goal 1: the class prompts are encoded once by both."""
     given = batch(BATCH, candidates=prompts(CLASSES))
-    models = {dtype: clip(size, dtype) for dtype in dtypes()}
-    steps: dict[str, Step] = {dtype: own(model, given) for dtype, model in models.items()}
+    asked = [(dtype, kernels) for dtype in dtypes() for kernels in (KERNELS[dtype], "short")]
+    models = {(dtype, kernels): clip(size, dtype, cast(Kernels, kernels)) for dtype, kernels in asked}
+    steps: dict[Hashable, Step] = {plan: own(model, given) for plan, model in models.items()}
     steps["peft"] = peft(size, given, encoded=True)
-    steps |= {f"floor {dtype}": floor(model, given) for dtype, model in models.items()}
+    steps |= {("floor", *plan): floor(model, given) for plan, model in models.items()}
     took = interleaved(steps, repeats)
-    for dtype in models:
+    for dtype, kernels in asked:
         yield Line(
             "lora-step",
-            f"LoRA step, {NAMES[size]}, {dtype}, batch {BATCH}",
+            f"LoRA step, {NAMES[size]}, {dtype}, {kernels}, batch {BATCH}",
             against="PEFT, plain loop, float32",
             goal=GOALS.get((size, dtype), None if has_bf16() else WITHOUT_UNITS),
-            floor=1e3 * took[f"floor {dtype}"].minimum,
-            **milliseconds(took[dtype], took["peft"]),
+            floor=1e3 * took["floor", dtype, kernels].minimum,
+            **milliseconds(took[dtype, kernels], took["peft"]),
         )
 
 

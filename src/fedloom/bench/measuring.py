@@ -5,11 +5,11 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from fedloom import __version__
 from fedloom.backbones.adaptable import has_bf16
 from fedloom.errors import RunError
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,15 @@ def milliseconds(own: Timing, peer: Timing) -> dict[str, Any]:
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.process_time
-) -> dict[str, Timing]:
+    variants: Mapping[Name, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.process_time
+) -> dict[Name, Timing]:
     """Each variant once unmeasured, then all of them in turn, so that what else the machine does meets all alike.
 
     The minimum says what the work takes, the median what it took here.
     """
     for variant in variants.values():
         variant()
-    spent: dict[str, list[float]] = {name: [] for name in variants}
+    spent: dict[Name, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, variant in variants.items():
             began = clock()

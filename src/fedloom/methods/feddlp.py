@@ -12,8 +12,7 @@ For each batch, in this order (`schedule = "alternating"`):
 2. the global adapter: gradient of L_g, Z_l a constant, of the local adapter as step 1 left it; AdamW
 
 Z_g does not move in step 1, so that one forward can give it as teacher and as student (`reuse`): three forwards a batch
-in place of four, with the same bits, but both branches' activations in memory at once. `"joint"` takes both gradients
-at one point, from one pass over both branches' rows.
+in place of four, with the same bits, and more memory. `"joint"` takes both gradients at one point, from one pass.
 
 The site sends its global adapter; the server takes the mean of A and that of B, weighted by examples. Ranks whose gate
 is zero leave the local adapter at the round's end (`fedloom.pruning`). The moments of both adapters stay at the site
@@ -158,7 +157,8 @@ class FedDLP:
         losses = []
         for i, batch in enumerate(site.batches(round)):
             with placed(site, round, i):
-                mine, ours, values = self._steps(round, site, self.lesson.told(site.task, batch), mine, ours)
+                told = site.model.begun(self.lesson.told(site.task, batch), (self.local, self.shared))
+                mine, ours, values = self._steps(round, site, told, mine, ours)
             losses.append(values)
         mine = self._pruned(round, site, began, mine)
         # Adam's moments are of one basis; factors of a product, or turned ones, come in another.
