@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fedloom.errors import StoreError, UpdateError
 from fedloom.tensors import (
-    KINDS,
     at,
     by_place,
     detached,
@@ -147,7 +146,11 @@ def test_a_frame_holds_no_graph_and_copes_with_shared_memory() -> None:
     assert not detached({"a/x": tensor * 2})["a/x"].requires_grad
 
 
-@pytest.mark.parametrize("kinds", [list(KINDS), [torch.float32], []])
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+WHOLE = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
+
+
+@pytest.mark.parametrize("kinds", [[*WHOLE, *FLOATS], [torch.float32], []])
 def test_a_frame_is_that_of_safetensors(kinds: list[torch.dtype]) -> None:
     tensors = {f'{i}/é"\\\x01': torch.arange(6).reshape(2, 3).to(kind) for i, kind in enumerate(reversed(kinds))}
     tensors |= {f"{i}/s": torch.ones((), dtype=kind) for i, kind in enumerate(kinds)}
