@@ -17,7 +17,7 @@ from fedloom.methods import Method
 from fedloom.places import Symmetry
 from fedloom.site import Answer, Reply, Site, Update
 from fedloom.store import Store
-from fedloom.tensors import Private, Shared, Tensors, at, generator, under, without
+from fedloom.tensors import Private, Shared, Tensors, at, endless, generator, under, without
 from fedloom.wire import Wire
 
 log = logging.getLogger(__name__)
@@ -180,9 +180,8 @@ def admit(answer: Answer, shared: Shared, method: Method) -> None:
                 f"site '{answer.site}' sent '{name}' as {tuple(tensor.shape)} {tensor.dtype}, expected "
                 f"{tuple(shape)} {expected[name].dtype}: its backbone or its adapter is another one."
             )
-    if tensors and not _finite(torch.cat([tensor.flatten() for tensor in tensors.values()])):
-        name = next(name for name, tensor in tensors.items() if not _finite(tensor))
-        raise UpdateError(f"site '{answer.site}' sent '{name}' with values that are not finite.")
+    if (bad := endless(tensors)) is not None:
+        raise UpdateError(f"site '{answer.site}' sent '{bad}' with values that are not finite.")
     if not (math.isfinite(answer.update.weight) and answer.update.weight >= 0):
         raise UpdateError(f"site '{answer.site}' sent the weight {answer.update.weight}, expected a finite one >= 0.")
 
@@ -202,11 +201,6 @@ def longest(shared: Shared, method: Method) -> int:
         sizes = [layer[place] if axes.get(i) == "hidden" else size for i, size in enumerate(tensor.shape)]
         total += HEADER + len(name) + math.prod(sizes) * tensor.itemsize
     return total
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Whether all values are: the least and the greatest are, and neither is where one is nan."""
-    return not tensor.numel() or all(bool(end.isfinite()) for end in torch.aminmax(tensor))
 
 
 def expected_shape(

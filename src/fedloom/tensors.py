@@ -27,6 +27,9 @@ Private = NewType("Private", Tensors)  # never leaves its site
 
 RESERVED = frozenset({"head", "opt", "control", "local", "choice", "given", "server", "wire"})
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SMALL = 2**14  # elements up to which a tensor is sooner copied beside others than looked at by itself
+
 
 def by_place(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
     """`{"3/A": a, "3/B": b}` as `{"3": {"A": a, "B": b}}`."""
@@ -122,6 +125,16 @@ def squared_distance(a: Tensors, b: Tensors) -> Tensor:
     return torch.stack([(a[name] - b[name]).square().sum() for name in sorted(a)]).sum() if a else torch.zeros(())
 
 
+def endless(tensors: Tensors) -> str | None:
+    """The name of a tensor with a value that is not finite; None where all are."""
+    looked_at = [tensor for tensor in tensors.values() if tensor.dtype in FLOATS]
+    small = [tensor.flatten() for tensor in looked_at if tensor.numel() <= SMALL]
+    large = [tensor for tensor in looked_at if tensor.numel() > SMALL]
+    if all(map(_finite, [torch.cat(small), *large] if small else large)):
+        return None
+    return next(name for name, t in tensors.items() if t.dtype in FLOATS and not _finite(t))
+
+
 def detached(tensors: Tensors) -> dict[str, Tensor]:
     """The same values, outside any graph."""
     return {name: tensor.detach() for name, tensor in tensors.items()}
@@ -129,8 +142,10 @@ def detached(tensors: Tensors) -> dict[str, Tensor]:
 
 def to_bytes(tensors: Tensors) -> bytes:
     """A safetensors frame: what crosses a wire."""
-    # Copies, because safetensors refuses two names of one memory.
-    return save({name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()})
+    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    if len({tensor.untyped_storage().data_ptr() for tensor in whole.values()}) < len(whole):
+        whole = {name: tensor.clone() for name, tensor in whole.items()}  # safetensors refuses two names of one memory
+    return save(whole)
 
 
 def from_bytes(frame: bytes) -> dict[str, Tensor]:
@@ -156,3 +171,8 @@ def generator(*key: object) -> Generator:
     """Randomness that is a function of the key alone, on every machine."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are: the least and the greatest are, and neither is where one is nan."""
+    return not tensor.numel() or all(bool(end.isfinite()) for end in torch.aminmax(tensor))

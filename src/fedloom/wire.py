@@ -43,13 +43,12 @@ from torch import Tensor
 
 from fedloom.coding import bf16, compressed, decompressed, int8, large, rows, shuffled, unrounded, unrowed, unshuffled
 from fedloom.errors import RecipeError, StoreError, UpdateError
-from fedloom.tensors import Shared, Tensors, from_bytes, to_bytes
+from fedloom.tensors import Shared, Tensors, endless, from_bytes, to_bytes
 from fedloom.training import Positive
 
 Stage: TypeAlias = Literal["delta", "bf16", "int8", "shuffle", "zstd"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 UNITS = {"bytes": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LEAST_ROOM, ROOM = 1 << 26, 256  # what a frame of the server may unpack to: 64 MiB, or so many times its own length
 
 
@@ -112,12 +111,9 @@ class Wire:
         Its shapes are the method's affair: a site cannot know them beforehand.
         """
         shared = _unpacked(self.down, frame, max(LEAST_ROOM, ROOM * len(frame)), "the server")
-        for name, tensor in shared.items():
-            finite = tensor.dtype not in FLOATS or bool(torch.isfinite(tensor).all())
-            if not finite or name.partition("/")[0] in ("server", "wire"):
-                raise UpdateError(
-                    f"the server sent '{name}', which is its own or is not finite; take up an older round."
-                )
+        own = (name for name in shared if name.partition("/")[0] in ("server", "wire"))
+        if (name := next(own, endless(shared))) is not None:
+            raise UpdateError(f"the server sent '{name}', which is its own or is not finite; take up an older round.")
         return Shared(shared)
 
     # Up
@@ -131,9 +127,8 @@ class Wire:
         meant = self.meant(tensors, given, left)
         if not self.feeds_back:
             return _packed(self.up, meant), {}
-        for name, tensor in meant.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise UpdateError(f"site '{site}' has '{name}' with values that are not finite; lower [training] lr.")
+        if (name := endless(meant)) is not None:
+            raise UpdateError(f"site '{site}' has '{name}' with values that are not finite; lower [training] lr.")
         changes = [name for name in meant if _changes(name, tensors, given)]
         frame, kept = self._fitting(site, meant, changes)
         sent = unrounded(_rounded(self.up, kept))

@@ -175,9 +175,14 @@ def command(kit: Path, kind: Kind) -> list[str]:
 
 
 def environment() -> Mapping[str, str]:
-    """What the process runs in: Python finds what this one finds, and memory is given back."""
+    """What the process runs in: Python finds what this one finds, memory is given back, and comes in large pages.
+
+    A message of 100 MB is memory that nobody has touched yet, several times over; page by page, of 4 KB each, the
+    kernel takes longer to hand it out than it takes to hash it.
+    """
     found = os.pathsep.join(str(Path(path).resolve()) for path in sys.path if path)
-    return {"MALLOC_ARENA_MAX": "4", **os.environ, "PYTHONPATH": found, "PYTHONUNBUFFERED": "1"}
+    memory = {"MALLOC_ARENA_MAX": "4", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    return {**memory, **os.environ, "PYTHONPATH": found, "PYTHONUNBUFFERED": "1"}
 
 
 def needs_nvflare() -> None:
