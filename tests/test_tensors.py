@@ -10,9 +10,12 @@ from torch import Tensor
 
 from fedloom.errors import StoreError, UpdateError
 from fedloom.tensors import (
+    BLOCK,
+    SMALL,
     at,
     by_place,
     detached,
+    endless,
     from_bytes,
     generator,
     mean,
@@ -80,6 +83,25 @@ def test_mean_takes_a_stream_and_holds_one_sum() -> None:
 
     mean(stream())
     assert seen == [0, 1, 2]
+
+
+def test_the_mean_of_long_tensors_is_that_of_the_whole_to_the_bit() -> None:
+    states = [torch.randn(2 * BLOCK + 7, 2, generator=generator("long", i)).T for i in range(3)]
+    whole = torch.zeros(2, 2 * BLOCK + 7, dtype=torch.float64)
+    for i, tensor in enumerate(states):
+        whole.add_(tensor, alpha=0.3 + i)
+    found = mean(({"a/A": tensor}, 0.3 + i) for i, tensor in enumerate(states))
+    assert torch.equal(found["a/A"], (whole / (0.3 + 1.3 + 2.3)).float())
+
+
+@pytest.mark.parametrize("at_fault", ["few/A", "many/A", "half/A"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_found_by_name(at_fault: str, value: float) -> None:
+    tensors = {"few/A": torch.ones(3), "many/A": torch.ones(SMALL + 1), "half/A": torch.ones(2).bfloat16()}
+    tensors |= {"empty/A": torch.ones(0), "whole/A": torch.ones(2).long()}
+    assert endless(tensors) is None
+    tensors[at_fault][-1] = value
+    assert endless(tensors) == at_fault
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ Private = NewType("Private", Tensors)  # never leaves its site
 RESERVED = frozenset({"head", "opt", "control", "local", "choice", "given", "server", "wire"})
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BLOCK = 2**16  # elements of a long sum that are worked on at a time, so that they stay in the cache
 SMALL = 2**14  # elements up to which a tensor is sooner copied beside others than looked at by itself
 
 
@@ -98,7 +99,7 @@ def mean(weighted: Iterable[tuple[Tensors, float]]) -> dict[str, Tensor]:
     total = 0.0
     for state, weight in weighted:
         if first is None:
-            first, sums = state, {name: torch.zeros_like(t, dtype=torch.float64) for name, t in state.items()}
+            first, sums = state, {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in state.items()}
         if state.keys() != sums.keys():
             differ = sorted(state.keys() ^ sums.keys())[:4]
             raise UpdateError(f"cannot average states of unlike names: {differ} differ.")
@@ -108,7 +109,7 @@ def mean(weighted: Iterable[tuple[Tensors, float]]) -> dict[str, Tensor]:
                     f"cannot average '{name}' of shapes {tuple(sums[name].shape)} and {tuple(tensor.shape)}; "
                     "sites of unlike widths need a method that aligns them."
                 )
-            sums[name].add_(tensor, alpha=weight)
+            _add(sums[name], tensor, weight)
         total += weight
     if first is None or total <= 0:
         raise UpdateError("there is nothing to average: no site answered with a weight above zero.")
@@ -171,6 +172,15 @@ def generator(*key: object) -> Generator:
     """Randomness that is a function of the key alone, on every machine."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+
+
+def _add(total: Tensor, tensor: Tensor, weight: float) -> None:
+    """Add in place, to a sum in float64; of a long tensor torch would make one in float64 as a whole first."""
+    if tensor.numel() <= BLOCK:
+        total.add_(tensor, alpha=weight)
+        return
+    for into, block in zip(total.view(-1).split(BLOCK), tensor.reshape(-1).split(BLOCK), strict=True):
+        into.add_(block, alpha=weight)
 
 
 def _finite(tensor: Tensor) -> bool:
