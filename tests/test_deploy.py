@@ -393,13 +393,19 @@ def test_a_locked_kit_takes_no_code_and_no_other_class(tmp_path: Path) -> None:
     parts = [{"id": "job_manager", "args": {"uri_root": "/tmp"}}, {"id": "site_log_streamer"}]
     default = {"class_allow_list": ["a.B"], "class_list_enforcement_mode": "log", "components": parts}
     (tmp_path / "local" / "resources.json.default").write_text(json.dumps(default))
+    logs = {"handlers": {"console": {}}, "loggers": {"root": {"handlers": ["console"]}}}
+    (tmp_path / "local" / "log_config.json.default").write_text(json.dumps(logs))
     lock(tmp_path, "site")
     resources = json.loads((tmp_path / "local" / "resources.json").read_text())
     assert resources["class_allow_list"] == ["fedloom.deploy.job.SiteEnd"]
     assert resources["class_list_enforcement_mode"] == "enforce"
     assert [(part["id"], part["args"]) for part in resources["components"]] == [
-        ("job_manager", {"uri_root": str(tmp_path / "jobs")})
+        ("job_manager", {"uri_root": str(tmp_path / "jobs")}),
+        ("refused", {"log": str(tmp_path / "refused.log")}),
     ]
+    logs = json.loads((tmp_path / "local" / "log_config.json").read_text())
+    assert logs["loggers"]["root"]["handlers"] == ["console", "refused"]
+    assert logs["handlers"]["refused"]["log"] == str(tmp_path / "refused.log")
     rights = json.loads((tmp_path / "local" / "authorization.json").read_text())["permissions"]
     assert rights["lead"]["byoc"] == rights["lead"]["shell_commands"] == "none"
     assert {role: right for role, right in rights.items() if role != "lead"} == dict.fromkeys(
