@@ -179,7 +179,7 @@ def _add(total: Tensor, tensor: Tensor, weight: float) -> None:
     if tensor.numel() <= BLOCK:
         total.add_(tensor, alpha=weight)
         return
-    for into, block in zip(total.view(-1).split(BLOCK), tensor.reshape(-1).split(BLOCK), strict=True):
+    for into, block in zip(torch.split(total.view(-1), BLOCK), torch.split(tensor.reshape(-1), BLOCK), strict=True):
         into.add_(block, alpha=weight)
 
 
