@@ -8,9 +8,14 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509.oid import NameOID
 
 from fedloom.deploy.kits import approve, environment, init, join, package
 from fedloom.deploy.look import endpoint
@@ -143,6 +148,23 @@ def organs(folder: Path) -> dict[str, Path]:
         if row["organ"] in named and row["category"] in ("modality", "plane")
     ]
     return _manifests(folder, kept, tuple(named.values()))
+
+
+def self_signed(folder: Path, name: str, begins: float = 0.0, ends: float = 1.0) -> Path:
+    """A folder with client.crt and client.key of nobody's; valid between so many days from now."""
+    now = datetime.now(UTC)
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    who = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    builder = x509.CertificateBuilder().subject_name(who).issuer_name(who).public_key(key.public_key()).serial_number(1)
+    builder = builder.not_valid_before(now + timedelta(days=begins)).not_valid_after(now + timedelta(days=ends))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "client.crt").write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (folder / "client.key").write_bytes(secret)
+    (folder / "client.key").chmod(0o600)
+    return folder
 
 
 def _manifests(folder: Path, rows: Sequence[Mapping[str, str]], sites: Sequence[str]) -> dict[str, Path]:

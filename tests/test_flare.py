@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("nvflare", reason="the extra nvflare is not installed")
 
-from consortium import SERVER, Consortium, organs
+from consortium import SERVER, Consortium, organs, self_signed
 
 from fedloom.deploy.kits import approve, join, package, request_fingerprint
 from fedloom.deploy.look import doctor
@@ -103,27 +103,6 @@ def handshake(consortium: Consortium, certificate: Path | None) -> bytes:
         if not (said := tls.recv(9)):
             raise ConnectionError("closed")
         return said
-
-
-def self_signed(folder: Path, name: str) -> Path:
-    from datetime import UTC, datetime, timedelta
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import rsa
-    from cryptography.x509.oid import NameOID
-
-    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
-    who, now = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]), datetime.now(UTC)
-    builder = x509.CertificateBuilder().subject_name(who).issuer_name(who).public_key(key.public_key())
-    builder = builder.serial_number(1).not_valid_before(now).not_valid_after(now + timedelta(days=1))
-    folder.mkdir(exist_ok=True)
-    (folder / "client.crt").write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
-    secret = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    (folder / "client.key").write_bytes(secret)
-    return folder
 
 
 def test_without_a_certificate_of_the_project_the_port_is_closed(consortium: Consortium, tmp_path: Path) -> None:
