@@ -49,11 +49,20 @@ class Consortium:
         self.over = threading.Event()
         self.jobs_left: list[psutil.Process] = []  # whose parent was killed
         self.port = endpoint(self.project / "server")[1]
+        self.wire: Recorder | None = None
         for name, source in sources.items():
             (folder / name / "site.toml").write_text(
                 f'name = "{name}"\nkit = "kit"\n[data]\nsource = "{source}"\n[policy]\n{policy}\n'
                 f'[policy.backbones."{backbone}"]\nsha256 = "{fingerprint(backbone)}"\n'
             )
+
+    def recorded(self) -> "Consortium":
+        """The same, before it is started: its sites reach the server by way of `wire`."""
+        self.wire = Recorder(self.port)
+        for name in self.sites:
+            config = self.folder / name / "kit" / "startup" / "fed_client.json"
+            config.write_text(config.read_text().replace(f"localhost:{self.port}", f"localhost:{self.wire.port}"))
+        return self
 
     def __enter__(self) -> "Consortium":
         threading.Thread(target=self._supervise, daemon=True).start()
@@ -68,6 +77,8 @@ class Consortium:
         time.sleep(1.5)
         for name in (*self.sites, SERVER):
             self.kill(name, whole=True)
+        if self.wire is not None:
+            self.wire.close()
 
     def _supervise(self) -> None:
         """Start what is not running, as a service manager would: FLARE's site gives up where a server is slow."""
@@ -113,6 +124,43 @@ class Consortium:
             return psutil.Process(pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
+
+
+class Recorder:
+    """A port of this machine that stands for another one, and keeps what crosses, either way."""
+
+    def __init__(self, port: int) -> None:
+        self._beyond = port
+        self._own = socket.create_server(("localhost", 0))
+        self.port: int = self._own.getsockname()[1]
+        self.crossed = bytearray()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._own.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # it was closed
+            while True:
+                near, _ = self._own.accept()
+                try:
+                    far = socket.create_connection(("localhost", self._beyond), 5)
+                except OSError:  # the server is away
+                    near.close()
+                    continue
+                far.settimeout(None)
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass, args=pair, daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while part := source.recv(2**16):
+                self.crossed += part
+                target.sendall(part)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
 
 
 def squares(folder: Path, sites: Sequence[str], each: int = 16) -> dict[str, Path]:

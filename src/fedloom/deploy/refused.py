@@ -16,6 +16,7 @@ from nvflare.fuel.sec.authz import AuthorizationService
 from fedloom.deploy.audit import Audit
 
 MOST = 400  # letters of what FLARE says
+TOLD = ("ClientManager", "FederatedServer", "JobRunner", "worker_process")  # which of its parts refuse something
 
 
 class Refused(FLComponent):  # type: ignore[misc]
@@ -45,14 +46,16 @@ class _Rights:
 
 
 class Errors(logging.Handler):
-    """Writes down what FLARE calls an error: a name that is not the certificate's, a class that is not listed."""
+    """Writes down errors of the parts that refuse: a name that is not the certificate's, a class that is not listed."""
 
     def __init__(self, log: str) -> None:
         super().__init__(logging.ERROR)
         self._audit = Audit(Path(log))
 
     def emit(self, record: logging.LogRecord) -> None:
+        part = record.name.rpartition(".")[2]
         try:
-            self._audit.note("", f"{record.name.rpartition('.')[2]}: {record.getMessage()[:MOST]}")
+            if part in TOLD:
+                self._audit.note("", f"{part}: {record.getMessage()[:MOST]}")
         except Exception:
             self.handleError(record)
