@@ -312,7 +312,7 @@ def test_a_server_that_is_not_there_is_said_so(consortium: Consortium, tmp_path:
 
 def test_kills_leave_the_same_bits(consortium: Consortium, fedloom: Command, tmp_path: Path) -> None:
     recipe = consortium.folder / "organs.toml"
-    changes = ["federation.rounds=12", "training.epochs=4"]
+    changes = ["federation.rounds=8", "training.epochs=4"]
     faults = (lambda: consortium.kill("lung"), lambda: consortium.kill_job("spine"), lambda: consortium.kill(SERVER))
     lines, struck = tmp_path / "far" / "rounds.jsonl", []
 
