@@ -3,7 +3,11 @@
     python benchmarks/overhead.py [FOLDER]   # needs the extra nvflare; a server and three sites on this machine
 
 floor: the same bytes there and back, by FLARE alone, to all sites at once
-round: RemoteEngine.round, the updates read, checked, written down and averaged
+round: RemoteEngine.round, the updates read, checked, written down and averaged; at the sites too, which do all of a
+       round but train
+
+Seconds are medians; those of CPU are of the jobs' processes, the server's and all sites', together, and mean something
+also where other work shares the machine.
 """
 
 import json
@@ -27,7 +31,8 @@ from fedloom.engines.remote import Limits, RemoteEngine
 from fedloom.federation import admit
 from fedloom.methods import FedAvg
 from fedloom.site import Answer, Update
-from fedloom.tensors import Shared, from_bytes, to_bytes
+from fedloom.tensors import Shared, to_bytes
+from fedloom.wire import Wire
 
 SITES = ("kyiv", "oslo", "rome")
 SIZES = {"4 KB": 2**12, "10 MB": 10 * 2**20, "100 MB": 100 * 2**20}
@@ -39,12 +44,22 @@ class Echo(Listening):
     """A site that does not train."""
 
     def open(self, kit: Path) -> Callable[[Message], dict[str, Any]]:
+        torch.set_num_threads(1)
+        audit, wire = Audit(kit / "audit.log"), Wire()
+
         def answer(message: Message) -> dict[str, Any]:
             reply = {"nonce": message.get("nonce", "")}
-            if message.get("kind") == "floor":
-                return {**reply, "frame": message["frame"]}
-            if message.get("kind") == "round":
-                return {**reply, **sent(Update(Shared({}), 1.0, 1), to_bytes(from_bytes(message["frame"])))}
+            match message.get("kind"):
+                case "floor":
+                    return {**reply, "frame": message["frame"]}
+                case "round":
+                    audit.frame("0" * 32, "came from the server", message["frame"])
+                    shared = wire.given(message["frame"])
+                    frame, _ = wire.send("", shared, shared, {})
+                    audit.frame("0" * 32, "sent to the server", frame)
+                    return {**reply, **sent(Update(Shared({}), 1.0, 1), frame)}
+                case "cpu":
+                    return {**reply, "cpu": time.process_time()}
             return reply
 
         return answer
@@ -82,13 +97,18 @@ class Measure(Leading):
 
                 method.aggregate(shared, answers())
 
-            seconds: dict[str, list[float]] = {"floor": [], "round": []}
+            def cpu() -> float:
+                asked = {"kind": "cpu", "nonce": "0"}
+                return time.process_time() + sum(link.ask(site, asked, 300)["cpu"] for site in SITES)
+
+            seconds: dict[str, list[float]] = {key: [] for key in ("floor", "round", "floor, CPU", "round, CPU")}
             for i in range(TIMES + 1):
                 for what, work in (("floor", floor), ("round", round)):
-                    began = time.perf_counter()
+                    busy, began = cpu(), time.perf_counter()
                     work()
                     if i:  # the first of each warms up
                         seconds[what].append(time.perf_counter() - began)
+                        seconds[f"{what}, CPU"].append(cpu() - busy)
             figures[name] = {what: statistics.median(times) for what, times in seconds.items()}
         memory = []
         for _ in range(ROUNDS):

@@ -8,9 +8,14 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509.oid import NameOID
 
 from fedloom.deploy.kits import approve, environment, init, join, package
 from fedloom.deploy.look import endpoint
@@ -44,11 +49,20 @@ class Consortium:
         self.over = threading.Event()
         self.jobs_left: list[psutil.Process] = []  # whose parent was killed
         self.port = endpoint(self.project / "server")[1]
+        self.wire: Recorder | None = None
         for name, source in sources.items():
             (folder / name / "site.toml").write_text(
                 f'name = "{name}"\nkit = "kit"\n[data]\nsource = "{source}"\n[policy]\n{policy}\n'
                 f'[policy.backbones."{backbone}"]\nsha256 = "{fingerprint(backbone)}"\n'
             )
+
+    def recorded(self) -> "Consortium":
+        """The same, before it is started: its sites reach the server by way of `wire`."""
+        self.wire = Recorder(self.port)
+        for name in self.sites:
+            config = self.folder / name / "kit" / "startup" / "fed_client.json"
+            config.write_text(config.read_text().replace(f"localhost:{self.port}", f"localhost:{self.wire.port}"))
+        return self
 
     def __enter__(self) -> "Consortium":
         threading.Thread(target=self._supervise, daemon=True).start()
@@ -63,6 +77,8 @@ class Consortium:
         time.sleep(1.5)
         for name in (*self.sites, SERVER):
             self.kill(name, whole=True)
+        if self.wire is not None:
+            self.wire.close()
 
     def _supervise(self) -> None:
         """Start what is not running, as a service manager would: FLARE's site gives up where a server is slow."""
@@ -110,6 +126,43 @@ class Consortium:
             return []
 
 
+class Recorder:
+    """A port of this machine that stands for another one, and keeps what crosses, either way."""
+
+    def __init__(self, port: int) -> None:
+        self._beyond = port
+        self._own = socket.create_server(("localhost", 0))
+        self.port: int = self._own.getsockname()[1]
+        self.crossed = bytearray()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._own.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # it was closed
+            while True:
+                near, _ = self._own.accept()
+                try:
+                    far = socket.create_connection(("localhost", self._beyond), 5)
+                except OSError:  # the server is away
+                    near.close()
+                    continue
+                far.settimeout(None)
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass, args=pair, daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while part := source.recv(2**16):
+                self.crossed += part
+                target.sendall(part)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
 def squares(folder: Path, sites: Sequence[str], each: int = 16) -> dict[str, Path]:
     """Manifests of coloured squares on noise: one a site, and under "" that of all."""
     import torch
@@ -143,6 +196,23 @@ def organs(folder: Path) -> dict[str, Path]:
         if row["organ"] in named and row["category"] in ("modality", "plane")
     ]
     return _manifests(folder, kept, tuple(named.values()))
+
+
+def self_signed(folder: Path, name: str, begins: float = 0.0, ends: float = 1.0) -> Path:
+    """A folder with client.crt and client.key of nobody's; valid between so many days from now."""
+    now = datetime.now(UTC)
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    who = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    builder = x509.CertificateBuilder().subject_name(who).issuer_name(who).public_key(key.public_key()).serial_number(1)
+    builder = builder.not_valid_before(now + timedelta(days=begins)).not_valid_after(now + timedelta(days=ends))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "client.crt").write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    secret = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (folder / "client.key").write_bytes(secret)
+    (folder / "client.key").chmod(0o600)
+    return folder
 
 
 def _manifests(folder: Path, rows: Sequence[Mapping[str, str]], sites: Sequence[str]) -> dict[str, Path]:

@@ -1,11 +1,14 @@
 """A federation across sites, without the machines: messages, the engine, a site's policy, and what is written down."""
 
+import errno
 import json
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from fedloom.assembly import planned
 from fedloom.deploy.audit import Audit
 from fedloom.deploy.conduct import Experiment, Standing, conduct, deployable
 from fedloom.deploy.kits import TEMPLATE, lock
+from fedloom.deploy.look import doctor
 from fedloom.deploy.policy import Policy, allowed, fingerprint, load_limits, load_site
 from fedloom.deploy.resident import Fenced, Resident
 from fedloom.engines.messages import Message, moved, received, sent
@@ -393,13 +397,19 @@ def test_a_locked_kit_takes_no_code_and_no_other_class(tmp_path: Path) -> None:
     parts = [{"id": "job_manager", "args": {"uri_root": "/tmp"}}, {"id": "site_log_streamer"}]
     default = {"class_allow_list": ["a.B"], "class_list_enforcement_mode": "log", "components": parts}
     (tmp_path / "local" / "resources.json.default").write_text(json.dumps(default))
+    logs = {"handlers": {"console": {}}, "loggers": {"root": {"handlers": ["console"]}}}
+    (tmp_path / "local" / "log_config.json.default").write_text(json.dumps(logs))
     lock(tmp_path, "site")
     resources = json.loads((tmp_path / "local" / "resources.json").read_text())
     assert resources["class_allow_list"] == ["fedloom.deploy.job.SiteEnd"]
     assert resources["class_list_enforcement_mode"] == "enforce"
     assert [(part["id"], part["args"]) for part in resources["components"]] == [
-        ("job_manager", {"uri_root": str(tmp_path / "jobs")})
+        ("job_manager", {"uri_root": str(tmp_path / "jobs")}),
+        ("refused", {"log": str(tmp_path / "refused.log")}),
     ]
+    logs = json.loads((tmp_path / "local" / "log_config.json").read_text())
+    assert logs["loggers"]["root"]["handlers"] == ["console", "refused"]
+    assert logs["handlers"]["refused"]["log"] == str(tmp_path / "refused.log")
     rights = json.loads((tmp_path / "local" / "authorization.json").read_text())["permissions"]
     assert rights["lead"]["byoc"] == rights["lead"]["shell_commands"] == "none"
     assert {role: right for role, right in rights.items() if role != "lead"} == dict.fromkeys(
@@ -423,6 +433,96 @@ def test_a_process_that_was_left_behind_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="taken the experiment over"):
         old.after(0, {"a": torch.zeros(1)})
     assert new.rounds() == (0, 1)
+
+
+def kit_of(folder: Path, **validity: float) -> Path:
+    """A site's kit, as far as a start looks at it; its server is on a port where nobody is."""
+    pytest.importorskip("nvflare", reason="the extra nvflare is not installed")
+    from consortium import self_signed
+
+    startup = self_signed(folder / "startup", "oslo", **validity)
+    (startup / "rootCA.pem").write_bytes((startup / "client.crt").read_bytes())
+    servers = [{"service": {"target": "localhost:1"}}]
+    (startup / "fed_client.json").write_text(json.dumps({"client": {"fqsn": "oslo"}, "servers": servers}))
+    (folder / "local").mkdir()
+    (folder / "local" / "resources.json.default").write_text('{"components": []}')
+    logs = {"handlers": {}, "loggers": {"root": {"handlers": []}}}
+    (folder / "local" / "log_config.json.default").write_text(json.dumps(logs))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("missing", "has no client.crt: put it back"),
+        ("no key", "has no client.key: put it back"),
+        ("damaged", "is no certificate"),
+        ("expired", "and the clock here says .*: set the clock, or join again"),
+        ("clock", "is valid from .* on, and the clock here says .*: set the clock"),
+        ("address", r"localhost:1 cannot be reached \(.*\); is the server started, its name right"),
+    ],
+)
+def test_a_site_that_cannot_begin_says_why(
+    fedloom: Command,
+    site_file: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    reason: str,
+) -> None:
+    monkeypatch.setattr("fedloom.deploy.start.PATIENCE", 0.0)
+    config = site_file("oslo")
+    kit = kit_of(config.parent / "kit", **({"begins": -3, "ends": -2} if fault == "expired" else {}))
+    match fault:
+        case "missing":
+            (kit / "startup" / "client.crt").unlink()
+        case "no key":
+            (kit / "startup" / "client.key").unlink()
+        case "damaged":
+            (kit / "startup" / "client.crt").write_text("-----")
+        case "clock":
+            monkeypatch.setattr("fedloom.deploy.look._now", lambda: datetime.now(UTC) - timedelta(days=1))
+    code, _, error = fedloom("site", "start", "--config", config)
+    assert code == 2
+    assert re.search(reason, error)
+    assert error.count("\n") == 1
+    assert any(reason in one.text or re.search(reason, one.text) for one in doctor(kit) if not one.good)
+
+
+def test_a_full_disk_costs_a_site_the_round_and_no_state(
+    recipe: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    across(recipe, here, tmp_path / "far", **{"federation.rounds": 1, **METHODS["feddlp"]})
+    folder, whole = here.residents["oslo"].config.folder, Path.replace
+    kept = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+    assert kept
+
+    def full(partial: Path, target: Path) -> Path:
+        if folder in Path(target).parents:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(partial, target)
+
+    def no_line(self: Audit, experiment: str, text: str) -> None:
+        raise StoreError("no space for a line either")
+
+    changes = {"federation.rounds": 2, "federation.quorum": 0.5, **METHODS["feddlp"]}
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "replace", full)
+        across(recipe, here, tmp_path / "far", **changes)
+        first, second = lines_of(tmp_path / "far")
+        assert first["sites"]["oslo"]["answered"]
+        assert re.search(
+            "oslo/experiments/.*cannot be written: No space left on device; it takes [0-9,]+ bytes. Free space there",
+            second["sites"]["oslo"]["reason"],
+        )
+        assert second["sites"]["rome"]["answered"]
+        disk.setattr(Audit, "note", no_line)
+        refusal = here.residents["oslo"].answer({"kind": "hello", "nonce": "n", "experiment": EXPERIMENT})
+        assert "the server runs fedloom None" in refusal["error"]
+    assert {path: path.read_bytes() for path in folder.rglob("*.safetensors")} == kept
+    assert not list(folder.rglob("*.partial"))
+    across(recipe, here, tmp_path / "far", **{**changes, "federation.rounds": 3})
+    assert lines_of(tmp_path / "far")[2]["sites"]["oslo"]["answered"]
 
 
 # What is written down

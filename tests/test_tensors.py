@@ -11,13 +11,15 @@ from torch import Tensor
 
 from fedloom.errors import StoreError, UpdateError
 from fedloom.tensors import (
+    BLOCK,
+    SMALL,
     at,
     by_place,
     detached,
-    finite,
     from_bytes,
     generator,
     mean,
+    not_finite,
     only,
     padded,
     squared_distance,
@@ -82,6 +84,25 @@ def test_mean_takes_a_stream_and_holds_one_sum() -> None:
 
     mean(stream())
     assert seen == [0, 1, 2]
+
+
+def test_the_mean_of_long_tensors_is_that_of_the_whole_to_the_bit() -> None:
+    states = [torch.randn(2 * BLOCK + 7, 2, generator=generator("long", i)).T for i in range(3)]
+    whole = torch.zeros(2, 2 * BLOCK + 7, dtype=torch.float64)
+    for i, tensor in enumerate(states):
+        whole.add_(tensor, alpha=0.3 + i)
+    found = mean(({"a/A": tensor}, 0.3 + i) for i, tensor in enumerate(states))
+    assert torch.equal(found["a/A"], (whole / (0.3 + 1.3 + 2.3)).float())
+
+
+@pytest.mark.parametrize("at_fault", ["few/A", "many/A", "half/A"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_found_by_name(at_fault: str, value: float) -> None:
+    tensors = {"few/A": torch.ones(3), "many/A": torch.ones(SMALL + 1), "half/A": torch.ones(2).bfloat16()}
+    tensors |= {"empty/A": torch.ones(0), "whole/A": torch.ones(2).long()}
+    assert not_finite(tensors) is None
+    tensors[at_fault][-1] = value
+    assert not_finite(tensors) == at_fault
 
 
 @pytest.mark.parametrize(
@@ -160,13 +181,13 @@ def test_a_frame_is_that_of_safetensors(kinds: list[torch.dtype]) -> None:
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-def test_finite_sees_each_number(kind: torch.dtype, number: float) -> None:
+def test_no_number_is_overlooked(kind: torch.dtype, number: float) -> None:
     sound = {"a": torch.ones(3, dtype=kind), "b": torch.ones(2, 2), "n": torch.tensor(7), "none": torch.ones(0)}
-    assert finite(sound)
+    assert not_finite(sound) is None
     for place in range(3):
         wrong = sound["a"].clone()
         wrong[place] = number
-        assert not finite({**sound, "z": wrong})
+        assert not_finite({**sound, "z": wrong}) == "z"
 
 
 @pytest.mark.parametrize("frame", [b"", b"no safetensors", to_bytes({"a/b": torch.ones(9)})[:-5]])

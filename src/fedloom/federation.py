@@ -17,7 +17,7 @@ from fedloom.methods import Method
 from fedloom.places import Symmetry
 from fedloom.site import Answer, Reply, Site, Update
 from fedloom.store import Store
-from fedloom.tensors import Private, Shared, Tensors, at, finite, generator, under, without
+from fedloom.tensors import Private, Shared, Tensors, at, generator, not_finite, under, without
 from fedloom.wire import Wire
 
 log = logging.getLogger(__name__)
@@ -180,9 +180,8 @@ def admit(answer: Answer, shared: Shared, method: Method) -> None:
                 f"site '{answer.site}' sent '{name}' as {tuple(tensor.shape)} {tensor.dtype}, expected "
                 f"{tuple(shape)} {expected[name].dtype}: its backbone or its adapter is another one."
             )
-    if not finite(tensors):
-        name = next(name for name, tensor in tensors.items() if not finite({name: tensor}))
-        raise UpdateError(f"site '{answer.site}' sent '{name}' with values that are not finite.")
+    if (bad := not_finite(tensors)) is not None:
+        raise UpdateError(f"site '{answer.site}' sent '{bad}' with values that are not finite.")
     if not (math.isfinite(answer.update.weight) and answer.update.weight >= 0):
         raise UpdateError(f"site '{answer.site}' sent the weight {answer.update.weight}, expected a finite one >= 0.")
 

@@ -4,6 +4,7 @@ A site keeps its private state so, the server its checkpoints. A file's name hol
 that was damaged is known, named and passed over.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -99,7 +100,12 @@ def write(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as e:
-        raise StoreError(f"'{path}' cannot be written: {e.strerror}. Free space there, or name another folder.") from e
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)  # of a full disk, what it holds is needed first
+        raise StoreError(
+            f"'{path}' cannot be written: {e.strerror}; it takes {len(content):,} bytes. Free space there, or name "
+            "another folder."
+        ) from e
 
 
 def holds_anything(folder: Path) -> bool:

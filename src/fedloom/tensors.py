@@ -27,6 +27,10 @@ Private = NewType("Private", Tensors)  # never leaves its site
 
 RESERVED = frozenset({"head", "opt", "control", "local", "choice", "given", "server", "wire"})
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BLOCK = 2**16  # elements of a long sum that are worked on at a time, so that they stay in the cache
+SMALL = 2**14  # elements up to which a tensor is sooner copied beside others than looked at by itself
+
 
 def by_place(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
     """`{"3/A": a, "3/B": b}` as `{"3": {"A": a, "B": b}}`."""
@@ -78,13 +82,6 @@ def same(a: Tensors, b: Tensors) -> bool:
     return shapes(a) == shapes(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def finite(tensors: Tensors) -> bool:
-    """Whether all numbers of all tensors are: the least and the greatest are, and neither is where one is nan."""
-    kinds = {tensor.dtype for tensor in tensors.values() if tensor.numel() and tensor.is_floating_point()}
-    alike = (torch.cat([t.flatten() for t in tensors.values() if t.dtype == kind]) for kind in kinds)
-    return all(bool(end.isfinite()) for numbers in alike for end in torch.aminmax(numbers))
-
-
 def mean(weighted: Iterable[tuple[Tensors, float]]) -> dict[str, Tensor]:
     r"""Weighted mean, name by name.
 
@@ -102,7 +99,7 @@ def mean(weighted: Iterable[tuple[Tensors, float]]) -> dict[str, Tensor]:
     total = 0.0
     for state, weight in weighted:
         if first is None:
-            first, sums = state, {name: torch.zeros_like(t, dtype=torch.float64) for name, t in state.items()}
+            first, sums = state, {name: torch.zeros(t.shape, dtype=torch.float64) for name, t in state.items()}
         if state.keys() != sums.keys():
             differ = sorted(state.keys() ^ sums.keys())[:4]
             raise UpdateError(f"cannot average states of unlike names: {differ} differ.")
@@ -112,7 +109,7 @@ def mean(weighted: Iterable[tuple[Tensors, float]]) -> dict[str, Tensor]:
                     f"cannot average '{name}' of shapes {tuple(sums[name].shape)} and {tuple(tensor.shape)}; "
                     "sites of unlike widths need a method that aligns them."
                 )
-            sums[name].add_(tensor, alpha=weight)
+            _add(sums[name], tensor, weight)
         total += weight
     if first is None or total <= 0:
         raise UpdateError("there is nothing to average: no site answered with a weight above zero.")
@@ -127,6 +124,16 @@ def padded(parts: Sequence[Tensor]) -> Tensor:
 def squared_distance(a: Tensors, b: Tensors) -> Tensor:
     """Sum over all names of `a`, in sorted order, of the squared Euclidean distance to `b`; a scalar."""
     return torch.stack([(a[name] - b[name]).square().sum() for name in sorted(a)]).sum() if a else torch.zeros(())
+
+
+def not_finite(tensors: Tensors) -> str | None:
+    """The name of a tensor with a value that is not finite; None where all are."""
+    looked_at = [tensor for tensor in tensors.values() if tensor.dtype in FLOATS]
+    small = [tensor.flatten() for tensor in looked_at if tensor.numel() <= SMALL]
+    large = [tensor for tensor in looked_at if tensor.numel() > SMALL]
+    if all(map(_finite, [torch.cat(small), *large] if small else large)):
+        return None
+    return next(name for name, t in tensors.items() if t.dtype in FLOATS and not _finite(t))
 
 
 def detached(tensors: Tensors) -> dict[str, Tensor]:
@@ -173,3 +180,17 @@ def generator(*key: object) -> Generator:
     """Randomness that is a function of the key alone, on every machine."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+
+
+def _add(total: Tensor, tensor: Tensor, weight: float) -> None:
+    """Add in place, to a sum in float64; of a long tensor torch would make one in float64 as a whole first."""
+    if tensor.numel() <= BLOCK:
+        total.add_(tensor, alpha=weight)
+        return
+    for into, block in zip(torch.split(total.view(-1), BLOCK), torch.split(tensor.reshape(-1), BLOCK), strict=True):
+        into.add_(block, alpha=weight)
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are: the least and the greatest are, and neither is where one is nan."""
+    return not tensor.numel() or all(bool(end.isfinite()) for end in torch.aminmax(tensor))

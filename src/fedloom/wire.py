@@ -43,7 +43,7 @@ from torch import Tensor
 
 from fedloom.coding import bf16, compressed, decompressed, int8, large, rows, shuffled, unrounded, unrowed, unshuffled
 from fedloom.errors import RecipeError, StoreError, UpdateError
-from fedloom.tensors import Shared, Tensors, finite, from_bytes, to_bytes
+from fedloom.tensors import Shared, Tensors, from_bytes, not_finite, to_bytes
 from fedloom.training import Positive
 
 Stage: TypeAlias = Literal["delta", "bf16", "int8", "shuffle", "zstd"]
@@ -111,9 +111,8 @@ class Wire:
         Its shapes are the method's affair: a site cannot know them beforehand.
         """
         shared = _unpacked(self.down, frame, max(LEAST_ROOM, ROOM * len(frame)), "the server")
-        odd = [name for name in shared if name.partition("/")[0] in ("server", "wire")]
-        if odd or not finite(shared):
-            name = next(name for name, tensor in shared.items() if name in odd or not finite({name: tensor}))
+        own = (name for name in shared if name.partition("/")[0] in ("server", "wire"))
+        if (name := next(own, not_finite(shared))) is not None:
             raise UpdateError(f"the server sent '{name}', which is its own or is not finite; take up an older round.")
         return Shared(shared)
 
@@ -128,8 +127,7 @@ class Wire:
         meant = self.meant(tensors, given, left)
         if not self.feeds_back:
             return _packed(self.up, meant), {}
-        if not finite(meant):
-            name = next(name for name, tensor in meant.items() if not finite({name: tensor}))
+        if (name := not_finite(meant)) is not None:
             raise UpdateError(f"site '{site}' has '{name}' with values that are not finite; lower [training] lr.")
         changes = [name for name in meant if _changes(name, tensors, given)]
         frame, kept = self._fitting(site, meant, changes)

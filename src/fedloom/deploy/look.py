@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import ssl
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,6 +28,7 @@ class Finding:
 
     good: bool
     text: str
+    fatal: bool = False  # nothing works with it
 
 
 def status(project: Path) -> Iterator[str]:
@@ -55,8 +57,24 @@ def doctor(kit: Path) -> Iterator[Finding]:
         return
     free = shutil.disk_usage(kit).free
     yield Finding(free >= ROOM, f"{free / 2**30:.0f} GiB free at {kit}" + ("" if free >= ROOM else "; make room"))
-    yield from _certificates(kit)
-    yield _server(kit)
+    yield from certificates(kit)
+    yield reached(kit)
+
+
+def sound(kit: Path) -> None:
+    """Raises DeployError: of a kit's certificates one is missing, or its time is not now."""
+    for found in certificates(kit):
+        if found.fatal:
+            raise DeployError(f"{found.text}.")
+
+
+def answered(kit: Path, patience: float) -> None:
+    """Raises DeployError: the server that a kit names does not take its certificate within so many seconds."""
+    until = time.monotonic() + patience
+    while (found := reached(kit)).fatal:
+        if time.monotonic() > until:
+            raise DeployError(f"{found.text}.")
+        time.sleep(1)
 
 
 def _versions() -> Finding:
@@ -66,50 +84,57 @@ def _versions() -> Finding:
         return Finding(False, "NVIDIA FLARE is not installed: pip install 'fedloom[nvflare]'")
 
 
-def _certificates(kit: Path) -> Iterator[Finding]:
+def certificates(kit: Path) -> Iterator[Finding]:
+    """What a kit needs to show who it is, and the days that are left of it."""
     from cryptography import x509
 
-    now = datetime.now(UTC)
-    paths = sorted((kit / "startup").glob("*.crt")) + sorted((kit / "startup").glob("*.pem"))
-    if len(paths) < 2:
-        yield Finding(False, f"'{kit}' has no certificate: is it a kit of `fedloom deploy package`?")
-    for path in paths:
+    startup, now = kit / "startup", _now()
+    needed = (*(f"{_own(kit)}.{end}" for end in ("crt", "key")), "rootCA.pem")
+    if missing := [name for name in needed if not (startup / name).is_file()]:
+        text = f"'{startup}' has no {missing[0]}: put it back, or make the kit anew (`fedloom deploy package`)"
+        yield Finding(False, text, fatal=True)
+    for path in (startup / name for name in needed if name not in (*missing, needed[1])):
         try:
             certificate = x509.load_pem_x509_certificate(path.read_bytes())
         except ValueError as e:
-            yield Finding(False, f"{path.name} cannot be read: {e}")
+            yield Finding(False, f"'{path}' is no certificate ({e}): put it back from a backup", fatal=True)
             continue
-        days = (certificate.not_valid_after_utc - now).days
-        if now < certificate.not_valid_before_utc:
-            begins = f"{certificate.not_valid_before_utc:%Y-%m-%d %H:%M}Z"
-            yield Finding(
-                False, f"{path.name} is valid from {begins} on, and the clock here says {now:%Y-%m-%d %H:%M}Z"
-            )
+        begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        clock = f"and the clock here says {_minute(now)}"
+        if now < begins:
+            text = f"'{path}' is valid from {_minute(begins)} on, {clock}: set the clock"
+            yield Finding(False, text, fatal=True)
+        elif now > ends:
+            text = f"'{path}' ended at {_minute(ends)}, {clock}: set the clock, or join again under another name"
+            yield Finding(False, text, fatal=True)
         else:
-            yield Finding(days > SOON, f"{path.name}: {days} days left")
+            left = (ends - now).days
+            yield Finding(left > SOON, f"{path.name}: {left} days left")
     for key in (kit / "startup").glob("*.key"):
         mode = key.stat().st_mode & 0o077
         yield Finding(not mode, f"{key.name} can be read by " + ("others; chmod 600" if mode else "its owner alone"))
 
 
-def _server(kit: Path) -> Finding:
+def reached(kit: Path) -> Finding:
     """Whether the server that a kit names takes this kit's certificate."""
     host, port = endpoint(kit)
-    startup = kit / "startup"
-    own = "server" if (startup / "server.crt").is_file() else "client"
-    context = ssl.create_default_context(cafile=str(startup / "rootCA.pem"))
-    context.load_cert_chain(startup / f"{own}.crt", startup / f"{own}.key")
-    context.set_alpn_protocols(["h2"])
+    startup, own = kit / "startup", _own(kit)
     try:
+        context = ssl.create_default_context(cafile=str(startup / "rootCA.pem"))
+        context.load_cert_chain(startup / f"{own}.crt", startup / f"{own}.key")
+        context.set_alpn_protocols(["h2"])
         with (
             socket.create_connection((host, port), 5) as plain,
             context.wrap_socket(plain, server_hostname=host) as tls,
         ):
             return Finding(True, f"{host}:{port} answers, {tls.version()}")
     except ssl.SSLError as e:
-        return Finding(False, f"{host}:{port} answers, and the certificates do not fit: {e.reason or e}")
+        return Finding(
+            False, f"the certificates of {host}:{port} and '{startup}' do not fit: {e.reason or e}", fatal=True
+        )
     except OSError as e:
-        return Finding(False, f"{host}:{port} cannot be reached ({e}); is the server started, the port open outwards?")
+        text = f"{host}:{port} cannot be reached ({e}); is the server started, its name right, the port open outwards?"
+        return Finding(False, text, fatal=True)
 
 
 def endpoint(kit: Path) -> tuple[str, int]:
@@ -122,6 +147,15 @@ def endpoint(kit: Path) -> tuple[str, int]:
             host, _, port = content["servers"][0]["service"]["target"].rpartition(":")
             return host, int(port)
     raise DeployError(f"'{kit}' is no kit of `fedloom deploy package`.")
+
+
+def _own(kit: Path) -> str:
+    """What a kit's certificate and key are called."""
+    return "server" if (kit / "startup" / "fed_server.json").is_file() else "client"
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 def _minute(when: datetime) -> str:

@@ -10,6 +10,7 @@ Every message is written down, and what is refused with it. No message makes it 
 the sentence that a person needs.
 """
 
+import contextlib
 import logging
 import re
 import threading
@@ -92,13 +93,15 @@ class Resident:
                 self._seen.add(reply["nonce"])
                 return {**reply, **self._answered(message)}
         except FedloomError as e:
-            self.audit.note(experiment, f"refused '{message.get('kind')}' of the server: {e}")
-            return {**reply, "error": str(e)}
+            said, noted = str(e), f"refused '{message.get('kind')}' of the server: {e}"
         except Exception as e:
             log.exception("A message of the server could not be answered.")
             last = traceback.extract_tb(e.__traceback__)[-1]
-            self.audit.note(experiment, f"failed at '{message.get('kind')}': {e!r} ({last.filename}:{last.lineno})")
-            return {**reply, "error": f"it failed with {type(e).__name__}; its own log says where"}
+            said = f"it failed with {type(e).__name__}; its own log says where"
+            noted = f"failed at '{message.get('kind')}': {e!r} ({last.filename}:{last.lineno})"
+        with contextlib.suppress(StoreError):  # a full disk, of which the server is told all the same
+            self.audit.note(experiment, noted)
+        return {**reply, "error": said}
 
     def _answered(self, message: Message) -> dict[str, Any]:
         if not (isinstance(name := message.get("experiment"), str) and EXPERIMENT.fullmatch(name)):

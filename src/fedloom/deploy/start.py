@@ -8,10 +8,13 @@ import tomli_w
 
 from fedloom.data import read
 from fedloom.deploy.kits import Kind, command, environment, lock
+from fedloom.deploy.look import answered, sound
 from fedloom.deploy.policy import SiteConfig, fingerprint, load_limits, load_site
 from fedloom.errors import DeployError
 from fedloom.store import write
 from fedloom.tables import plain
+
+PATIENCE = 30.0  # seconds for a server that begins at the same moment
 
 
 def site(path: Path) -> SiteConfig:
@@ -25,14 +28,17 @@ def site(path: Path) -> SiteConfig:
         if (found := fingerprint(backbone.folder or name)) != backbone.sha256:
             raise DeployError(f"the backbone '{name}' here has the SHA-256 {found}; {path} says {backbone.sha256}.")
     read(config.data.source)
+    sound(kit)
+    answered(kit, PATIENCE)
     # What a job's process reads is a copy inside the kit, its paths absolute.
     write(kit / "local" / "site.toml", tomli_w.dumps(plain(config)).encode())
     return config
 
 
 def server(kit: Path, limits: Path | None) -> None:
-    """Lock a server's kit, and write the limits of a file into it."""
+    """Check and lock a server's kit, and write the limits of a file into it."""
     lock(kit, "server")
+    sound(kit)
     if limits is not None:
         load_limits(limits, 1.0)
         write(kit / "local" / "server.toml", limits.read_bytes())
