@@ -1,6 +1,8 @@
 """FedPIA's laws: order is nothing, what it reduces to, who may be unlike, and what is refused."""
 
+import itertools
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -133,15 +135,20 @@ def test_a_site_finds_its_own_order_again(backbone: str, probes: Callable[[str],
         assert (a is None and b is None) or torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5) is None
 
 
-@pytest.mark.parametrize("similarity", ["correlation", "euclidean"])
-@pytest.mark.parametrize("probe_inputs", ["shared", "own"])
+READ = [*itertools.product(["shared", "own"], ["correlation", "euclidean"]), ("own", "published")]
+
+
+@pytest.mark.parametrize(("probe_inputs", "similarity"), READ)
 def test_a_match_on_the_probe_is_what_numpy_and_scipy_find(
     probes: Callable[[str], tuple[Adaptable, Batch]], probe_inputs: Any, similarity: Any
 ) -> None:
     model, batch = probes("vilt")
     site = Probed("oxford", model, COLOURS, (), (), None, 0, given=batch)  # type: ignore[arg-type]
     source, target = drawn(model, 1), drawn(model, 2)
-    method = replace(PIA, probe_inputs=probe_inputs, similarity=similarity, accept="always")
+    if similarity == "published":
+        method, metric = replace(FedPIA.paper(), adapter=ADAPTER, probe=1), "euclidean"
+    else:
+        method, metric = replace(PIA, probe_inputs=probe_inputs, similarity=similarity, accept="always"), "sqeuclidean"
     plans = method.permuting.by_activations(source, target, site)
 
     def units(tensors: Tensors, read: Tensors) -> dict[str, Any]:
@@ -155,7 +162,7 @@ def test_a_match_on_the_probe_is_what_numpy_and_scipy_find(
         if similarity == "correlation":
             cost = 1 - np.corrcoef(theirs[place].T, own.T)[:6, 6:]
         else:
-            cost = cdist(theirs[place].clip(0).T, own.clip(0).T, "sqeuclidean")
+            cost = cdist(theirs[place].clip(0).T, own.clip(0).T, metric)
         rows, columns = linear_sum_assignment(cost)
         assert plans[place][0].units()[columns].tolist() == rows.tolist()
     assert any((plan.units() != torch.arange(6)).any() for plan, _ in plans.values())
@@ -195,6 +202,25 @@ def test_the_order_of_the_global_adapter_only_orders_the_result(model: Adaptable
     torch.testing.assert_close(
         aggregated(method, permuted(current, 9), *updates), permuted(straight, 9), rtol=1e-6, atol=1e-7
     )
+
+
+def test_as_published_it_is_the_papers_formula(model: Adaptable) -> None:
+    """1/K Σ_k W̃_k exp(-γ ‖W̃_k - W_G‖²), units matched by the Euclidean distance of incoming weights."""
+    method = replace(FedPIA.paper(), adapter=ADAPTER)
+    current, updates = drawn(model, 3), [drawn(model, seed) for seed in (4, 5, 6)]
+    targets, expected = by_place(current), {name: torch.zeros_like(t) for name, t in current.items()}
+    for own in updates:
+        aligned = {}
+        for place, leaves in by_place(own).items():
+            rows, columns = linear_sum_assignment(cdist(leaves["down"], targets[place]["down"]))
+            order = torch.from_numpy(rows[columns.argsort()])
+            incoming = {"down": leaves["down"][order], "down_bias": leaves["down_bias"][order]}
+            aligned |= at(place, {**leaves, **incoming, "up": leaves["up"][:, order]})
+        d = sum(float((t - current[name]).square().sum()) for name, t in aligned.items())
+        for name, t in aligned.items():
+            expected[name] += t * math.exp(-1e-3 * d) / 3
+    torch.testing.assert_close(aggregated(method, current, *updates), expected)
+    assert distances(aggregated(replace(method, squared=True), current, *updates), expected) > 1e-3
 
 
 def test_a_split_half_match_lets_unrelated_units_stay(model: Adaptable) -> None:
@@ -619,6 +645,9 @@ def test_a_site_of_nan_is_refused_by_name_and_the_round_goes_on(tmp_path: Path) 
         ({"probe": 0}, "one image at least"),
         ({"beta": ()}, "beta is empty"),
         ({"solver": "procrustes"}, "a bottleneck is not linear"),
+        ({"every": 2, "solver": "sinkhorn"}, "every = 2 holds a permutation"),
+        ({"every": 2, "solver": "procrustes", "adapter": LoRA(2)}, "every = 2 holds a permutation"),
+        ({"every": 2, "matching": "site"}, "every = 2 holds a permutation"),
         ({"matching": "site", "scale": "median"}, "matching = 'server'"),
         ({"matching": "site", "iterations": 2}, "matching = 'server'"),
         ({"matching": "site", "init": "independent"}, "matching = 'server'"),
@@ -634,6 +663,14 @@ def test_a_probe_larger_than_the_sites_data_is_said_in_its_first_round() -> None
     method = replace(PIA, probe=4)
     with pytest.raises(DataError, match="site 'site-1' was asked for a probe of 4 distinct examples and has 3"):
         method.local_round(0, site, method.start(site.model, COLOURS, 4, 0), Private({}))
+
+
+@pytest.mark.parametrize("permute", ["server", "neither"])
+def test_a_site_that_permutes_nothing_needs_no_probe(permute: Any) -> None:
+    site = federation()[1]
+    method = replace(PIA, probe=4, permute=permute)
+    update, _ = method.local_round(0, site, method.start(site.model, COLOURS, 4, 0), Private({}))
+    assert update.examples == len(site) == 3
 
 
 def test_widths_and_adapters_of_sites_in_a_recipe(fedloom: Any, recipe: Path, tmp_path: Path) -> None:
