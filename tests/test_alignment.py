@@ -4,6 +4,7 @@ import math
 from functools import partial
 from typing import Any
 
+import numpy as np
 import ot
 import pytest
 import torch
@@ -245,6 +246,23 @@ def test_a_gain_is_a_share_of_the_cost_of_staying() -> None:
             sum(shares[1:]) / 2
         )
     assert alignment.gain(torch.zeros_like(cost), Order(torch.arange(9))) == 0
+
+
+def test_weights_are_halved_by_every_other_one() -> None:
+    believed = []
+    for seed in range(40):
+        source, target = (drawn(BOTTLENECK, seed, side) for side in "ab")
+        a, b = (np.hstack([t["down"], t["down_bias"][:, None], t["up"].T]) for t in (source, target))
+        worth = 0.0
+        for made, measured in ((0, 1), (1, 0)):
+            rows, columns = linear_sum_assignment(cdist(a[:, made::2], b[:, made::2], "sqeuclidean"))
+            cost = cdist(a[:, measured::2], b[:, measured::2], "sqeuclidean")
+            worth += 1 - cost[rows, columns].sum() / cost.trace()
+        whole = [{f"x/{leaf}": t for leaf, t in side.items()} for side in (source, target)]
+        found = alignment.matched(*whole, BOTTLENECK.symmetry, "in+out", Matching(alignment.squared))["x"][0]
+        believed.append(bool((found.units() != torch.arange(8)).any()))
+        assert believed[-1] is bool(worth > 0)
+    assert 5 < sum(believed) < 35
 
 
 def test_a_match_that_gains_nothing_moves_nothing() -> None:

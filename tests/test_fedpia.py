@@ -18,6 +18,7 @@ from test_hard_cases import rounds
 from test_vilt import processors, vilt_module
 from torch import Tensor
 
+from fedloom import choice
 from fedloom.adapters import Bottleneck, LoRA
 from fedloom.alignment import Matching
 from fedloom.backbones import Adaptable, Batch, load
@@ -172,6 +173,7 @@ def test_the_halves_of_a_probe_are_of_whole_images() -> None:
     mask = torch.tensor([[True, True, False], [True, False, False], [True, True, True], [False, True, True]])
     assert _first_half(mask).tolist() == [True] * 3 + [False] * 5
     assert _first_half(mask[:3]).tolist() == [True] * 3 + [False] * 3  # two of three
+    assert _first_half(mask[1:3]).tolist() == [True] + [False] * 3
     assert _first_half(mask[2:3]).tolist() == [True, False, True]  # of one image, every other token
 
 
@@ -412,6 +414,17 @@ def test_a_site_chooses_by_its_held_out_loss(model: Adaptable) -> None:
     lone = federation()[3]  # nothing held out: β holds
     held = Private({**at("local", drawn(model, 1))})
     assert method._integrated(lone, drawn(model, 2), held, 0.5)[2]["beta"] == 0.5
+
+
+def test_a_choice_weighs_examples_alike_however_they_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = federation()[0]
+    site = replace(site, held_out=site.train)
+    head = site.task.init(site.model.dim, site.seed)
+    candidates = [({**drawn(site.model, seed), **head}, float(seed)) for seed in range(12)]
+    losses = [float(site.loss(ADAPTER, tensors, site.batch(site.train, range(5)))) for tensors, _ in candidates]
+    monkeypatch.setattr("fedloom.site.CHUNK", 4)
+    for first in range(10):
+        assert choice.best(site, ADAPTER, candidates[first:])[1] == first + np.argmin(losses[first:])
 
 
 def test_what_is_served(model: Adaptable) -> None:
