@@ -297,6 +297,21 @@ def test_matched_at_the_sites_is_matched_at_the_server(
     torch.testing.assert_close(found[1]["control/distance"], found[0]["server/distance"], rtol=1e-5, atol=1e-8)
 
 
+def test_a_match_at_the_sites_is_told_like_one_at_the_server() -> None:
+    told = []
+    for matching in ("server", "site"):
+        method = replace(PIA, matching=matching, solver="random", accept="always")  # type: ignore[arg-type]
+        sites = federation()[:2]
+        shared = method.start(sites[0].model, COLOURS, 2, 0)
+        replies = [Answer(site.name, method.local_round(0, site, shared, Private({}))[0]) for site in sites]
+        metrics = method.aggregate(shared, replies)[1]
+        told.append(
+            {n: x for n, x in metrics.items() if n.startswith(("server/moved/", "server/gain/", "sum", "norm"))}
+        )
+    assert len(told[0]) == 2 + 2 * len(by_place(sites[0].model.init(ADAPTER, 0)))
+    assert told[1] == pytest.approx(told[0], rel=1e-5)
+
+
 def adapter_of(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in shared.items() if name.partition("/")[0] not in ("server", "control")}
 
