@@ -620,6 +620,16 @@ def test_the_literal_form_says_that_it_shrinks(model: Adaptable, caplog: pytest.
     )
 
 
+@pytest.mark.parametrize("init", ["shared", "independent"])
+@pytest.mark.parametrize("options", [{}, {"iterations": 2}, {"scale": "median"}])
+def test_answers_may_be_read_once(model: Adaptable, init: Any, options: dict[str, Any]) -> None:
+    method = replace(PIA, init=init, accept="always", **options)
+    shared, listed = method.start(model, COLOURS, 3, 0), answers(*(drawn(model, seed) for seed in (4, 5, 6)))
+    (once, told), (again, expected) = (method.aggregate(shared, given) for given in (iter(listed), listed))
+    assert same(once, again)
+    assert told == expected
+
+
 def test_updates_are_folded_as_they_come(model: Adaptable) -> None:
     """Memory does not grow with sites: no update is asked for before the one before it was let go."""
     import gc
