@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -431,15 +432,13 @@ def test_a_site_chooses_by_its_held_out_loss(model: Adaptable) -> None:
     assert method._integrated(lone, drawn(model, 2), held, 0.5)[2]["beta"] == 0.5
 
 
-def test_a_choice_weighs_examples_alike_however_they_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
-    site = federation()[0]
-    site = replace(site, held_out=site.train)
-    head = site.task.init(site.model.dim, site.seed)
-    candidates = [({**drawn(site.model, seed), **head}, float(seed)) for seed in range(12)]
-    losses = [float(site.loss(ADAPTER, tensors, site.batch(site.train, range(5)))) for tensors, _ in candidates]
-    monkeypatch.setattr("fedloom.site.CHUNK", 4)
-    for first in range(10):
-        assert choice.best(site, ADAPTER, candidates[first:])[1] == first + np.argmin(losses[first:])
+def test_a_choice_weighs_examples_and_not_batches() -> None:
+    """Of two candidates, by their loss an example in a batch of four and in one of one."""
+    site: Any = SimpleNamespace(
+        held_out=(), passes=lambda _: (range(4), range(1)), loss=lambda _, tensors, batch: tensors[str(len(batch))]
+    )
+    better, worse = {"4": torch.tensor(1.0), "1": torch.tensor(3.0)}, {"4": torch.tensor(2.0), "1": torch.tensor(0.0)}
+    assert choice.best(site, ADAPTER, [(worse, 0.5), (better, 1.0)]) == (better, 1.0)
 
 
 def test_what_is_served(model: Adaptable) -> None:
