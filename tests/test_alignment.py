@@ -4,12 +4,14 @@ import math
 from functools import partial
 from typing import Any
 
+import numpy as np
 import ot
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
 from torch import Tensor
 
 from fedloom import alignment
@@ -65,7 +67,8 @@ def test_a_permuted_copy_is_recovered_to_the_bit(seed: int, adapter: Any, of: An
 @settings(max_examples=30, deadline=None)
 def test_transport_moves_hidden_axes_alone(seed: int, m: int, n: int) -> None:
     source, target = drawn(Bottleneck(m), seed, "a"), drawn(Bottleneck(n), seed, "b")
-    found, _ = plan(source, target, BOTTLENECK)
+    found, gained = plan(source, target, BOTTLENECK)
+    assert m == n or gained == 0  # unlike widths have no identity to gain over
     moved = found.moved(source, BOTTLENECK.symmetry)
     assert torch.equal(moved["up_bias"], source["up_bias"])
     assert {leaf: t.shape for leaf, t in moved.items()} == {leaf: t.shape for leaf, t in target.items()}
@@ -193,6 +196,28 @@ def test_sinkhorn_is_near_the_exact_plan() -> None:
     assert float((soft.plan * cost).sum()) == pytest.approx(float((exact.plan * cost).sum()), rel=0.1)
 
 
+def test_sinkhorn_knows_no_scale() -> None:
+    cost = torch.rand(6, 6, generator=generator(4), dtype=torch.float64)
+    even = torch.full((6,), 1 / 6, dtype=torch.float64)
+    plain = alignment.sinkhorn(cost, even, even)
+    for scale in (1e-4, 1e4):
+        torch.testing.assert_close(alignment.sinkhorn(cost * scale, even, even).plan, plain.plan)
+    alike = alignment.sinkhorn(torch.zeros_like(cost), even, even)
+    torch.testing.assert_close(alike.plan, torch.full_like(cost, 1 / 36))
+
+
+@pytest.mark.parametrize("solver", ["exact", "emd", "sinkhorn"])
+@pytest.mark.parametrize("accept", ["always", "gain", "split-half"])
+def test_every_solver_finds_a_permuted_copy(solver: Any, accept: Any) -> None:
+    leaves = drawn(BOTTLENECK, 14)
+    copy, order = shuffled(leaves, BOTTLENECK, 14)
+    found, gained = plan(copy, leaves, BOTTLENECK, solver=solver, accept=accept)
+    assert torch.equal(found.units(), order.argsort())
+    assert gained == pytest.approx(1)
+    if isinstance(found, Coupling):  # it moves a mass of one, alike from every unit
+        torch.testing.assert_close(found.plan.sum(1), torch.full((8,), 0.125, dtype=torch.float64))
+
+
 def test_a_transport_that_cannot_be_solved_is_an_error() -> None:
     even = torch.full((2,), 0.5, dtype=torch.float64)
     with pytest.raises(AdapterError, match="no transport of 2 to 2 units"):
@@ -204,6 +229,49 @@ def test_a_transport_that_cannot_be_solved_is_an_error() -> None:
 
 def halves(n: int) -> Tensor:
     return torch.arange(n) % 2 == 0
+
+
+def test_a_gain_is_a_share_of_the_cost_of_staying() -> None:
+    """Counted by numpy, at any scale, also where the match was made on the other half."""
+    a, b = (torch.randn(9, 40, generator=generator(side, 1), dtype=torch.float64) for side in "ab")
+    first, shares = halves(40), []
+    for made, measured in ((first, first), (first, ~first), (~first, first)):
+        costs = [cdist(a[:, half], b[:, half], "sqeuclidean") for half in (made, measured)]
+        rows, columns = linear_sum_assignment(costs[0])
+        shares.append(1 - costs[1][rows, columns].sum() / costs[1].trace())
+    for scale in (1e-3, 1.0, 1e3):
+        cost = alignment.squared(scale * a[:, first], scale * b[:, first])
+        assert alignment.gain(cost, alignment.assigned(cost)) == pytest.approx(shares[0])
+        assert alignment.split_gain(scale * a, scale * b, alignment.squared, first) == pytest.approx(
+            sum(shares[1:]) / 2
+        )
+    assert alignment.gain(torch.zeros_like(cost), Order(torch.arange(9))) == 0
+
+
+def test_weights_are_halved_by_every_other_one() -> None:
+    believed = []
+    for seed in range(40):
+        source, target = (drawn(BOTTLENECK, seed, side) for side in "ab")
+        a, b = (np.hstack([t["down"], t["down_bias"][:, None], t["up"].T]) for t in (source, target))
+        worth = 0.0
+        for made, measured in ((0, 1), (1, 0)):
+            rows, columns = linear_sum_assignment(cdist(a[:, made::2], b[:, made::2], "sqeuclidean"))
+            cost = cdist(a[:, measured::2], b[:, measured::2], "sqeuclidean")
+            worth += 1 - cost[rows, columns].sum() / cost.trace()
+        whole = [{f"x/{leaf}": t for leaf, t in side.items()} for side in (source, target)]
+        found = alignment.matched(*whole, BOTTLENECK.symmetry, "in+out", Matching(alignment.squared))["x"][0]
+        believed.append(bool((found.units() != torch.arange(8)).any()))
+        assert believed[-1] is bool(worth > 0)
+    assert 5 < sum(believed) < 35
+
+
+def test_a_match_that_gains_nothing_moves_nothing() -> None:
+    alike = {leaf: torch.ones_like(t) for leaf, t in drawn(BOTTLENECK, 1).items()}
+    for other in (alike, {leaf: 2 * t for leaf, t in alike.items()}):
+        assert (plan(other, alike, BOTTLENECK, solver="random")[0].units() != torch.arange(8)).any()
+        found, gained = plan(other, alike, BOTTLENECK, solver="random", accept="gain")
+        assert torch.equal(found.units(), torch.arange(8))
+        assert gained == 0
 
 
 @pytest.mark.parametrize("width", [4, 24, 48])

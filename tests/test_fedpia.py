@@ -1,9 +1,12 @@
 """FedPIA's laws: order is nothing, what it reduces to, who may be unlike, and what is refused."""
 
+import itertools
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from test_hard_cases import rounds
 from test_vilt import processors, vilt_module
 from torch import Tensor
 
+from fedloom import choice
 from fedloom.adapters import Bottleneck, LoRA
 from fedloom.alignment import Matching
 from fedloom.backbones import Adaptable, Batch, load
@@ -133,15 +137,20 @@ def test_a_site_finds_its_own_order_again(backbone: str, probes: Callable[[str],
         assert (a is None and b is None) or torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5) is None
 
 
-@pytest.mark.parametrize("similarity", ["correlation", "euclidean"])
-@pytest.mark.parametrize("probe_inputs", ["shared", "own"])
+READ = [*itertools.product(["shared", "own"], ["correlation", "euclidean"]), ("own", "published")]
+
+
+@pytest.mark.parametrize(("probe_inputs", "similarity"), READ)
 def test_a_match_on_the_probe_is_what_numpy_and_scipy_find(
     probes: Callable[[str], tuple[Adaptable, Batch]], probe_inputs: Any, similarity: Any
 ) -> None:
     model, batch = probes("vilt")
     site = Probed("oxford", model, COLOURS, (), (), None, 0, given=batch)  # type: ignore[arg-type]
     source, target = drawn(model, 1), drawn(model, 2)
-    method = replace(PIA, probe_inputs=probe_inputs, similarity=similarity, accept="always")
+    if similarity == "published":
+        method, metric = replace(FedPIA.paper(), adapter=ADAPTER, probe=1), "euclidean"
+    else:
+        method, metric = replace(PIA, probe_inputs=probe_inputs, similarity=similarity, accept="always"), "sqeuclidean"
     plans = method.permuting.by_activations(source, target, site)
 
     def units(tensors: Tensors, read: Tensors) -> dict[str, Any]:
@@ -155,7 +164,7 @@ def test_a_match_on_the_probe_is_what_numpy_and_scipy_find(
         if similarity == "correlation":
             cost = 1 - np.corrcoef(theirs[place].T, own.T)[:6, 6:]
         else:
-            cost = cdist(theirs[place].clip(0).T, own.clip(0).T, "sqeuclidean")
+            cost = cdist(theirs[place].clip(0).T, own.clip(0).T, metric)
         rows, columns = linear_sum_assignment(cost)
         assert plans[place][0].units()[columns].tolist() == rows.tolist()
     assert any((plan.units() != torch.arange(6)).any() for plan, _ in plans.values())
@@ -165,6 +174,7 @@ def test_the_halves_of_a_probe_are_of_whole_images() -> None:
     mask = torch.tensor([[True, True, False], [True, False, False], [True, True, True], [False, True, True]])
     assert _first_half(mask).tolist() == [True] * 3 + [False] * 5
     assert _first_half(mask[:3]).tolist() == [True] * 3 + [False] * 3  # two of three
+    assert _first_half(mask[1:3]).tolist() == [True] + [False] * 3
     assert _first_half(mask[2:3]).tolist() == [True, False, True]  # of one image, every other token
 
 
@@ -195,6 +205,25 @@ def test_the_order_of_the_global_adapter_only_orders_the_result(model: Adaptable
     torch.testing.assert_close(
         aggregated(method, permuted(current, 9), *updates), permuted(straight, 9), rtol=1e-6, atol=1e-7
     )
+
+
+def test_as_published_it_is_the_papers_formula(model: Adaptable) -> None:
+    """1/K Σ_k W̃_k exp(-γ ‖W̃_k - W_G‖²), units matched by the Euclidean distance of incoming weights."""
+    method = replace(FedPIA.paper(), adapter=ADAPTER)
+    current, updates = drawn(model, 3), [drawn(model, seed) for seed in (4, 5, 6)]
+    targets, expected = by_place(current), {name: torch.zeros_like(t) for name, t in current.items()}
+    for own in updates:
+        aligned = {}
+        for place, leaves in by_place(own).items():
+            rows, columns = linear_sum_assignment(cdist(leaves["down"], targets[place]["down"]))
+            order = torch.from_numpy(rows[columns.argsort()])
+            incoming = {"down": leaves["down"][order], "down_bias": leaves["down_bias"][order]}
+            aligned |= at(place, {**leaves, **incoming, "up": leaves["up"][:, order]})
+        d = sum(float((t - current[name]).square().sum()) for name, t in aligned.items())
+        for name, t in aligned.items():
+            expected[name] += t * math.exp(-1e-3 * d) / 3
+    torch.testing.assert_close(aggregated(method, current, *updates), expected)
+    assert distances(aggregated(replace(method, squared=True), current, *updates), expected) > 1e-3
 
 
 def test_a_split_half_match_lets_unrelated_units_stay(model: Adaptable) -> None:
@@ -267,6 +296,21 @@ def test_matched_at_the_sites_is_matched_at_the_server(
     server, site = (adapter_of(shared) for shared in found)
     torch.testing.assert_close(site, server, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[1]["control/distance"], found[0]["server/distance"], rtol=1e-5, atol=1e-8)
+
+
+def test_a_match_at_the_sites_is_told_like_one_at_the_server() -> None:
+    told = []
+    for matching in ("server", "site"):
+        method = replace(PIA, matching=matching, solver="random", accept="always")  # type: ignore[arg-type]
+        sites = federation()[:2]
+        shared = method.start(sites[0].model, COLOURS, 2, 0)
+        replies = [Answer(site.name, method.local_round(0, site, shared, Private({}))[0]) for site in sites]
+        metrics = method.aggregate(shared, replies)[1]
+        told.append(
+            {n: x for n, x in metrics.items() if n.startswith(("server/moved/", "server/gain/", "sum", "norm"))}
+        )
+    assert len(told[0]) == 2 + 2 * len(by_place(sites[0].model.init(ADAPTER, 0)))
+    assert told[1] == pytest.approx(told[0], rel=1e-5)
 
 
 def adapter_of(shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -386,6 +430,15 @@ def test_a_site_chooses_by_its_held_out_loss(model: Adaptable) -> None:
     lone = federation()[3]  # nothing held out: β holds
     held = Private({**at("local", drawn(model, 1))})
     assert method._integrated(lone, drawn(model, 2), held, 0.5)[2]["beta"] == 0.5
+
+
+def test_a_choice_weighs_examples_and_not_batches() -> None:
+    """Of two candidates, by their loss an example in a batch of four and in one of one."""
+    site: Any = SimpleNamespace(
+        held_out=(), passes=lambda _: (range(4), range(1)), loss=lambda _, tensors, batch: tensors[str(len(batch))]
+    )
+    better, worse = {"4": torch.tensor(1.0), "1": torch.tensor(3.0)}, {"4": torch.tensor(2.0), "1": torch.tensor(0.0)}
+    assert choice.best(site, ADAPTER, [(worse, 0.5), (better, 1.0)]) == (better, 1.0)
 
 
 def test_what_is_served(model: Adaptable) -> None:
@@ -566,6 +619,16 @@ def test_the_literal_form_says_that_it_shrinks(model: Adaptable, caplog: pytest.
     )
 
 
+@pytest.mark.parametrize("init", ["shared", "independent"])
+@pytest.mark.parametrize("options", [{}, {"iterations": 2}, {"scale": "median"}])
+def test_answers_may_be_read_once(model: Adaptable, init: Any, options: dict[str, Any]) -> None:
+    method = replace(PIA, init=init, accept="always", **options)
+    shared, listed = method.start(model, COLOURS, 3, 0), answers(*(drawn(model, seed) for seed in (4, 5, 6)))
+    (once, told), (again, expected) = (method.aggregate(shared, given) for given in (iter(listed), listed))
+    assert same(once, again)
+    assert told == expected
+
+
 def test_updates_are_folded_as_they_come(model: Adaptable) -> None:
     """Memory does not grow with sites: no update is asked for before the one before it was let go."""
     import gc
@@ -619,6 +682,9 @@ def test_a_site_of_nan_is_refused_by_name_and_the_round_goes_on(tmp_path: Path) 
         ({"probe": 0}, "one image at least"),
         ({"beta": ()}, "beta is empty"),
         ({"solver": "procrustes"}, "a bottleneck is not linear"),
+        ({"every": 2, "solver": "sinkhorn"}, "every = 2 holds a permutation"),
+        ({"every": 2, "solver": "procrustes", "adapter": LoRA(2)}, "every = 2 holds a permutation"),
+        ({"every": 2, "matching": "site"}, "every = 2 holds a permutation"),
         ({"matching": "site", "scale": "median"}, "matching = 'server'"),
         ({"matching": "site", "iterations": 2}, "matching = 'server'"),
         ({"matching": "site", "init": "independent"}, "matching = 'server'"),
@@ -634,6 +700,14 @@ def test_a_probe_larger_than_the_sites_data_is_said_in_its_first_round() -> None
     method = replace(PIA, probe=4)
     with pytest.raises(DataError, match="site 'site-1' was asked for a probe of 4 distinct examples and has 3"):
         method.local_round(0, site, method.start(site.model, COLOURS, 4, 0), Private({}))
+
+
+@pytest.mark.parametrize("permute", ["server", "neither"])
+def test_a_site_that_permutes_nothing_needs_no_probe(permute: Any) -> None:
+    site = federation()[1]
+    method = replace(PIA, probe=4, permute=permute)
+    update, _ = method.local_round(0, site, method.start(site.model, COLOURS, 4, 0), Private({}))
+    assert update.examples == len(site) == 3
 
 
 def test_widths_and_adapters_of_sites_in_a_recipe(fedloom: Any, recipe: Path, tmp_path: Path) -> None:
