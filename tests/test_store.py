@@ -76,6 +76,13 @@ def test_it_keeps_the_newest(tmp_path_factory: pytest.TempPathFactory, keep: int
     assert store.size() == sum(path.stat().st_size for path in store.folder.iterdir())
 
 
+def test_what_a_kill_kept_it_from_dropping_is_dropped_when_it_goes_on(tmp_path: Path) -> None:
+    for round in range(6):
+        Store(tmp_path, 9).after(round, state(round))
+    Store(tmp_path, 2).trim(4)
+    assert Store(tmp_path).rounds() == (3, 4)
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "emptied"])
 def test_a_damaged_file_is_named_and_passed_over(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     store = Store(tmp_path)

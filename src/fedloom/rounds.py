@@ -72,6 +72,8 @@ def follow(course: Course, start: Callable[[], Shared], folder: Path, watch: Wat
     lines = lines[: last + 1]
     if last < 0:
         shared = start()
+    else:
+        checkpoints.trim(last)
     watch(Began(course.stage, last + 1, schedule.rounds, len(schedule.roster)))
     watched = _Watched(course.engine, course.stage, watch)
     for done in federate(course.method, watched, shared, schedule, last + 1):

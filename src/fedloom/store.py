@@ -43,12 +43,20 @@ class Store:
         return tuple(int(path.name.partition("-")[0]) for path in paths if self._read(path) is not None)
 
     def after(self, round: int, tensors: Tensors) -> None:
-        """Keep the state that a round left. Later rounds, of a run that was set back, are dropped."""
+        """Keep the state that a round left."""
         path = self._write(f"{round:06d}", tensors)
-        others = [old for old in sorted(self.folder.glob("[0-9]*.safetensors")) if old != path]
-        below = [old for old in others if int(old.name.partition("-")[0]) < round]
+        for old in self.folder.glob(f"{round:06d}-*.safetensors"):
+            if old != path:
+                old.unlink(missing_ok=True)
+        self.trim(round)
+
+    def trim(self, round: int) -> None:
+        """Drop what `after` drops, as a kill may have kept it from doing: states of rounds after this one, of a run
+        that was set back, and of those up to it all but the newest `keep`."""
+        paths = sorted(self.folder.glob("[0-9]*.safetensors"))
         # Counted in files: a site that sat out for long still finds what it had, when a round is asked again.
-        for old in {*others} - {*below[max(0, len(below) + 1 - self.keep) :]}:
+        kept = [path for path in paths if int(path.name.partition("-")[0]) <= round][-self.keep :]
+        for old in {*paths} - {*kept}:
             old.unlink(missing_ok=True)
 
     def personal(self) -> Tensors | None:
