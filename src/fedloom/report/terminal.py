@@ -130,7 +130,8 @@ def advice_table(found: "Sequence[Advice]") -> str:
     metrics = sentence(listed(dict.fromkeys(one.metric for one in found)))
     said = [
         "join, stay: the interval is above zero, below it; unclear: it holds zero.",
-        "A forecast from one round on held-out examples; more rounds may change it.",
+        "A forecast from one round on held-out examples; more rounds may change it. Held against finished runs",
+        "such forecasts did not tell who gains (docs/results/advise.md): run it to know.",
     ]
     title = Text(f"{metrics} in percent on held-out examples, after one round", style="bold")
     return _text([title, Text(), grid, Text(), *map(Text, said)])
