@@ -134,7 +134,8 @@ def index() -> str:
     ]
     lines += ["| setting | seeds | protocol | rows |", "| --- | ---: | --- | --- |"]
     lines += [setting(name, content) for name, content in compared.items()]
-    lines += ["", "## Single runs, and how well `advise` forecasts", "", *(f"- [{name}]({name}.md)" for name in contents if name not in compared)]
+    lines += ["", "## Single runs, and how well `advise` forecasts", ""]
+    lines += [f"- [{name}]({name}.md)" for name in contents if name not in compared]
     return "\n".join(lines) + "\n"
 
 
