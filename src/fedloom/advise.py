@@ -4,7 +4,7 @@ Every site trains for one round, once by itself and once with the others, as the
 the difference on a site's held-out examples is what it may expect to gain. No test example is read.
 
 It is a forecast, and told as one. The interval is over the held-out examples, so it knows nothing of what more rounds
-will bring. How well forecasts rank the gains at the end of a run is what `benchmarks/advise.py` measures: over the published
+bring. How well forecasts rank the gains at the end of a run is what `benchmarks/advise.py` measures: over published
 settings they do not (docs/results/advise.md), for a method that begins slowly may gain in the end.
 """
 
