@@ -28,7 +28,7 @@ from fedloom.check import check_method, federation
 from fedloom.engines.local import LocalEngine, Participant
 from fedloom.errors import DataError, MethodError, QuorumError
 from fedloom.federation import Schedule, federate, visible
-from fedloom.integration import distances
+from fedloom.integration import Fold, distances
 from fedloom.methods import FedAvg, FedPIA, Local
 from fedloom.permuting import _first_half
 from fedloom.site import Answer, Site, Update
@@ -207,6 +207,20 @@ def test_the_order_of_the_global_adapter_only_orders_the_result(model: Adaptable
     )
 
 
+def test_an_iterated_barycenter_is_matched_to_the_mean_of_what_was_matched(model: Adaptable) -> None:
+    method = replace(PIA, accept="always", gamma=0.0)
+    current, updates = drawn(model, 3), [drawn(model, seed) for seed in range(4, 12)]
+    expected = [current]
+    for _ in range(3):
+        plans = [method.permuting.by_weights(own, expected[-1], "x") for own in updates]
+        aligned = [method.permuting.carried(own, plan) for own, plan in zip(updates, plans, strict=True)]
+        expected.append(mean((own, 1.0) for own in aligned))
+    for times in (1, 2, 3):
+        found = aggregated(replace(method, iterations=times), current, *updates)
+        torch.testing.assert_close(found, expected[times])
+    assert distances(expected[1], expected[2]) > 1e-3 < distances(expected[2], expected[3])
+
+
 def test_as_published_it_is_the_papers_formula(model: Adaptable) -> None:
     """1/K Σ_k W̃_k exp(-γ ‖W̃_k - W_G‖²), units matched by the Euclidean distance of incoming weights."""
     method = replace(FedPIA.paper(), adapter=ADAPTER)
@@ -370,6 +384,7 @@ def test_adapters_that_start_apart_take_the_first_sites_order(tmp_path: Path) ->
     ]
     torch.testing.assert_close(adapter_of(following), mean((tensors, 1.0) for tensors in aligned))
     assert bool(following["server/ordered"])
+    assert int(following["server/round"]) == 1
     # In later rounds a site goes on from its own adapter and the global one.
     update, _ = method.local_round(1, sites[0], visible(following), outcomes[0][1])
     assert update.metrics["beta"] == 0.5
@@ -629,7 +644,8 @@ def test_answers_may_be_read_once(model: Adaptable, init: Any, options: dict[str
     assert told == expected
 
 
-def test_updates_are_folded_as_they_come(model: Adaptable) -> None:
+@pytest.mark.parametrize("init", ["shared", "independent"])
+def test_updates_are_folded_as_they_come(model: Adaptable, init: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory does not grow with sites: no update is asked for before the one before it was let go."""
     import gc
     import weakref
@@ -639,14 +655,19 @@ def test_updates_are_folded_as_they_come(model: Adaptable) -> None:
     def coming() -> Any:
         for i in range(5):
             gc.collect()
-            assert sum(ref() is not None for ref in alive) <= 1
+            assert sum(ref() is not None for ref in alive) <= (1 if init == "shared" else 2)  # the first is the order
             tensors = drawn(model, i)
             alive.append(weakref.ref(next(iter(tensors.values()))))
             yield Answer(f"site-{i}", Update(Shared(tensors), 1.0, 1))
             del tensors
 
-    PIA.aggregate(PIA.start(model, COLOURS, 5, 0), coming())
+    added: list[str] = []
+    add = Fold.add
+    monkeypatch.setattr(Fold, "add", lambda self, site, *rest: added.append(site) or add(self, site, *rest))
+    method = replace(PIA, init=init)
+    method.aggregate(method.start(model, COLOURS, 5, 0), coming())
     assert len(alive) == 5
+    assert added == [f"site-{i}" for i in range(5)]
 
 
 # What is refused.
