@@ -44,7 +44,7 @@ def uses(about: About, model_type: str, adapted: bool) -> Iterator[str]:
 def _lines(about: About, form: str, model_type: str, adapted: bool) -> Iterator[str]:
     prompts = isinstance(about.task, Classification) and about.task.head == "prompts"
     by_peft = form == "peft" and adapted
-    yield from ["import json\n"] * prompts
+    yield from ["import json\nfrom pathlib import Path\n"] * prompts
     yield "import torch"
     if not prompts:
         yield "import torch.nn.functional as F"
@@ -74,7 +74,7 @@ def _lines(about: About, form: str, model_type: str, adapted: bool) -> Iterator[
         yield f'head = load_file("{folder}/head.safetensors")'
     yield from _processing(about, about.inputs.texts or prompts)
     if prompts:
-        yield 'task = json.load(open("fedloom.json"))["task"]'
+        yield 'task = json.loads(Path("fedloom.json").read_text())["task"]'
         yield 'prompts = [task["template"].format(label) for label in task["labels"]]'
     yield "\n\n@torch.no_grad()"
     yield "def logits(**inputs):"
