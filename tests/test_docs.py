@@ -75,6 +75,19 @@ def test_a_tour_can_be_followed_to_the_letter(
         assert package.Run(folder.parent).finished
 
 
+@pytest.mark.slow
+def test_the_recipe_of_the_readme_runs(recipe: Path, monkeypatch: pytest.MonkeyPatch, fedloom: Fedloom) -> None:
+    page = ROOT / "README.md"
+    (toml,) = (body for kind, _, body in FENCE.findall(page.read_text("utf-8")) if kind == "toml")
+    monkeypatch.chdir(recipe.parent)
+    Path("mine.toml").write_text(toml)
+    own = [words for words in commands(page) if "mine.toml" in words]
+    assert [words[0] for words in own] == ["check", "run", "run", "compare"]
+    for words in own[:3]:  # a tour runs a comparison
+        code, _, err = fedloom(*words)
+        assert (code, err) == (0, "")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere_in_a_checkout(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)", FENCE.sub("", page.read_text("utf-8")))
