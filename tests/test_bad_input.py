@@ -88,7 +88,7 @@ def test_a_recipe_that_is_no_toml(refused: Refused, recipe: Path) -> None:
         ("sites.oslo.initial=manifest.jsonl", "manifest.jsonl', which [sites] oslo initial of squares.toml names"),
         ("data.newcomer=['paris']", "there is no site 'paris' (named in squares.toml); the sites are"),
         ("data.newcomer=3", "makes newcomers of all 3 sites; leave one to take part."),
-        ("backbone.name=clip-smal", "no backbone 'clip-smal': not a folder, not a hub name (owner/model)"),
+        ("backbone.name=clip-smal", "no backbone 'clip-smal' (did you mean 'clip-small'?): not a folder"),
         ("backbone.name=nobody/no-such-model", "backbone 'nobody/no-such-model' cannot be had from the hub"),
         ("backbone.towers=['audio']", "audio"),
         ("task.labels=['red','green','blue','pink']", "the label 'pink' of [task] labels has no example in"),

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import re
 import sys
 import threading
@@ -541,6 +542,26 @@ def test_a_peer_cannot_write_a_line_of_its_own(tmp_path: Path) -> None:
     audit.note(EXPERIMENT, "refused: x\n2026-01-01T00:00:00Z  0123  sent nothing\x1b[2K")
     (line,) = audit.path.read_text().splitlines()
     assert line.endswith("refused: x 2026-01-01T00:00:00Z 0123 sent nothing [2K")
+
+
+def test_what_flare_refuses_is_written_down_or_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fedloom.deploy.refused import Errors
+
+    def say(log: Path, part: str, text: str, *arguments: object) -> None:
+        Errors(str(log)).emit(logging.LogRecord(f"nvflare.{part}", logging.ERROR, "", 1, text, arguments, None))
+
+    log = tmp_path / "refused.log"
+    say(log, "ClientManager", "'%s' is not the certificate's name", "rome")
+    say(log, "Cell", "a peer is gone")
+    (line,) = log.read_text().splitlines()
+    assert line.endswith("ClientManager: 'rome' is not the certificate's name")
+    assert capsys.readouterr().err == ""
+    say(tmp_path, "ClientManager", "a log that cannot be written")
+    say(log, "ClientManager", "%d", "arguments that do not fit")
+    told = capsys.readouterr().err
+    assert "StoreError" in told
+    assert "TypeError" in told
+    assert log.read_text().splitlines() == [line]
 
 
 def test_private_tensors_never_leave(recipe: Path, here: Here, tmp_path: Path) -> None:

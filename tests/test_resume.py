@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load
 
 from fedloom.events import Ended, Event
+from fedloom.recipe import load as load_recipe
 from fedloom.runs import Run, run
 from fedloom.store import Store
 
@@ -186,14 +187,19 @@ def test_a_finished_run_is_served_from_what_is_whole_and_says_so(
     assert Store(plain.folder / "server").before(9)[0] == 0
 
 
-def test_a_site_whose_state_is_lost_is_not_served_as_if_it_had_never_trained(plain: Run, fedloom: Fedloom) -> None:
-    for path in (plain.folder / "sites" / "rome").iterdir():
+@pytest.mark.parametrize(("finetune", "lost"), [(1, "*"), (1, "personal-*"), (0, "*"), (0, "000001-*")])
+def test_a_site_whose_state_is_lost_is_not_served_as_if_it_had_never_trained(
+    finetune: int, lost: str, recipe: Path, tmp_path: Path, fedloom: Fedloom
+) -> None:
+    done = run(load_recipe(recipe, {"training.finetune": finetune, "reference.rows": []}), tmp_path / "run")
+    assert fedloom("evaluate", done.folder)[0] == 0
+    for path in (done.folder / "sites" / "rome").glob(lost):
         path.unlink()
-    for command in (("evaluate", plain.folder), ("export", plain.folder, "--to", plain.folder / "to")):
+    for command in (("evaluate", done.folder), ("export", done.folder, "--to", tmp_path / "to")):
         code, _, err = fedloom(*command)
         assert code == 2
-        assert f"what site 'rome' held after round {plain.last} is missing or damaged in " in err
-    assert fedloom("evaluate", plain.folder, "--site", "oslo")[0] == 0
+        assert f"what site 'rome' held after round {done.last} is missing or damaged in " in err
+    assert fedloom("evaluate", done.folder, "--site", "oslo")[0] == 0
 
 
 @pytest.mark.parametrize("content", ["x", "[]", "{}"])

@@ -1,7 +1,6 @@
 """Backbones: frozen Hugging Face models that take adapters from outside."""
 
 import contextlib
-import difflib
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from fedloom.backbones.adaptable import Adaptable, Network
 from fedloom.backbones.batches import Batch, Features
 from fedloom.errors import BackboneError
+from fedloom.sources import suggestion
 
 __all__ = ["Adaptable", "Batch", "Features", "Network", "load"]
 
@@ -51,9 +51,9 @@ def locate(name: str) -> str:
         return name
     have = sorted(path.name for path in built_in.parent.glob("*") if path.is_dir())
     remedy = " The folder is made of ALBEF's checkpoint by fedloom.backbones.albef_convert." if "albef" in name else ""
-    meant = f"; did you mean '{close[0]}'?" if (close := difflib.get_close_matches(name, have, n=1)) else "."
     raise BackboneError(
-        f"no backbone '{name}': not a folder, not a hub name (owner/model), and built in are {have}{meant}{remedy}"
+        f"no backbone '{name}'{suggestion(name, have)}: not a folder, not a hub name (owner/model), and built in are "
+        f"{have}.{remedy}"
     )
 
 

@@ -14,6 +14,7 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.fuel.sec.authz import AuthorizationService
 
 from fedloom.deploy.audit import Audit
+from fedloom.errors import StoreError
 
 MOST = 400  # letters of what FLARE says
 TOLD = ("ClientManager", "FederatedServer", "JobRunner", "worker_process")  # which of its parts refuse something
@@ -54,8 +55,9 @@ class Errors(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         part = record.name.rpartition(".")[2]
+        if part not in TOLD:
+            return
         try:
-            if part in TOLD:
-                self._audit.note("", f"{part}: {record.getMessage()[:MOST]}")
-        except Exception:
-            self.handleError(record)
+            self._audit.note("", f"{part}: {record.getMessage()[:MOST]}")
+        except (StoreError, TypeError, ValueError):  # a full disk, or arguments that do not fit: told on stderr, as by
+            self.handleError(record)  # every handler, and no reason to end what is being told of
