@@ -290,6 +290,13 @@ def test_a_method_that_is_not_allowed_is_not_even_imported(
         allowed(load_site(site_file("oslo")), text, 3)
 
 
+def test_where_a_site_computes_is_the_site_s_own_affair(recipe: Path, site_file: Callable[..., Path]) -> None:
+    text = load(recipe, {**LABELS, "backbone.device": "cuda:3"}).dump()
+    config = load_site(site_file("oslo"))
+    assert allowed(config, text, 3)[0].backbone.device == "cpu"
+    assert allowed(replace(config, device="cuda"), text, 3)[0].backbone.device == "cuda"
+
+
 def test_another_backbone_of_the_same_name_is_refused(
     recipe: Path, site_file: Callable[..., Path], backbone: Path, tmp_path: Path
 ) -> None:
@@ -423,6 +430,7 @@ def test_the_site_file_that_a_kit_comes_with_can_be_read(tmp_path: Path) -> None
     config = load_site(tmp_path / "site.toml")
     assert config.name == "NAME"
     assert config.policy.sites == 3
+    assert config.device == "cpu"
 
 
 def test_a_process_that_was_left_behind_writes_nothing(tmp_path: Path) -> None:

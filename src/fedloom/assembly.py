@@ -11,7 +11,8 @@ import torch
 from fedloom import backbones, partition
 from fedloom.adapters import Bottleneck, Head, LoRA
 from fedloom.backbones import Attention
-from fedloom.backbones.adaptable import Adaptable, has_bf16
+from fedloom.backbones.adaptable import Adaptable
+from fedloom.backbones.devices import device, has_bf16
 from fedloom.data import Dataset, Example, Pixels, Table, read
 from fedloom.engines.local import LocalEngine, Participant
 from fedloom.errors import AdapterError, DataError, RecipeError, StoreError
@@ -68,9 +69,10 @@ class Federation:
 def planned(recipe: Recipe) -> Recipe:
     """The recipe with its numerical plan: what `auto` stands for here. Same plan, same bits."""
     asked = recipe.backbone
-    fastest = "bfloat16" if has_bf16() else "float32"
+    fastest = "bfloat16" if has_bf16(asked.device) else "float32"
     dtype = {"auto": DTYPE, "fastest": fastest}.get(asked.dtype, asked.dtype)
-    attention = ATTENTION[dtype] if asked.attention == "auto" else asked.attention
+    own = ATTENTION[dtype] if asked.device == "cpu" else "sdpa"
+    attention = own if asked.attention == "auto" else asked.attention
     kernels = KERNELS[dtype] if asked.kernels == "auto" else asked.kernels
     plan = {"dtype": dtype, "attention": attention, "kernels": kernels}
     return recipe.altered({f"backbone.{key}": value for key, value in plan.items()})
@@ -99,8 +101,13 @@ def assemble(recipe: Recipe, tested: bool = True, owner: str | None = None) -> F
     if owner is not None:
         tables = {name: _owned(table, owner) for name, table in tables.items()}
     named = recipe.backbone  # after the data: what is missing is said before a backbone is fetched
-    attention = cast(Attention, named.attention)
-    model = backbones.load(named.name, named.towers, getattr(torch, named.dtype), attention, named.checkpointing)
+    if named.device != "cpu" and recipe.federation.workers > 1:
+        raise RecipeError(
+            f"{recipe.file} asks for {recipe.federation.workers} workers and the device '{named.device}', and workers "
+            "share a backbone on the CPU alone; set [federation] workers = 1 (group trains several sites in one pass)."
+        )
+    attention, where = cast(Attention, named.attention), device(named.device)
+    model = backbones.load(named.name, named.towers, getattr(torch, named.dtype), attention, named.checkpointing, where)
     # A run of before there was a choice is plain.
     model.use("plain" if named.kernels == "auto" else named.kernels)
     participants: dict[str, Participant] = {}

@@ -31,17 +31,14 @@ SHOWN = 5  # images that two sites share
 
 def machine() -> Iterator[str]:
     """Versions, devices, disk and extras, a line each."""
-    import torch
-
-    from fedloom.backbones.adaptable import has_bf16
+    from fedloom.backbones.devices import available, has_bf16
 
     yield f"fedloom {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield "  ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "safetensors", "datasets"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield f"device: CPU, {os.cpu_count()} cores, bf16 units: {_yes(has_bf16())}; {memory / 2**30:.0f} GiB memory"
-    for i in range(torch.cuda.device_count()):
-        units, room = torch.cuda.is_bf16_supported(), torch.cuda.get_device_properties(i).total_memory
-        yield f"device: {torch.cuda.get_device_name(i)}, bf16 units: {_yes(units)}; {room / 2**30:.0f} GiB memory"
+    for name in available()[2:]:  # each by its number
+        yield f"device: {name}, bf16 units: {_yes(has_bf16(name))} (--set backbone.device={name})"
     yield f"free disk here: {shutil.disk_usage('.').free / 2**30:.0f} GiB"
     for extra, packages in EXTRAS.items():
         have = {package: _version(package) for package in packages}

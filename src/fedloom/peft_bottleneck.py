@@ -21,7 +21,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from fedloom.backbones.adaptable import Junction
+from fedloom.backbones.network import Junction
 from fedloom.peft_folder import BOTTLENECK
 
 

@@ -36,6 +36,7 @@ TUNE = "tune"  # of [compare]: no row, but the values that `--tune` tries for ea
 UNCOUNTED = {("federation", key) for key in ("engine", "keep", "track", "deadline", "workers")} | {("compare",)}
 # Keys that came later, and the values by which results are what they were before.
 LATER: Mapping[tuple[str, ...], tuple[Any, ...]] = {
+    ("backbone", "device"): ("cpu",),
     ("backbone", "kernels"): ("auto", "plain"),
     ("federation", "group"): (1,),
 }

@@ -43,6 +43,7 @@ class Run:
 
     folder: Path
     round: int | None = None  # what it left is looked at, counted from one; None: what the last left, and fine-tuning
+    device: str | None = None  # where its backbone computes; None: where it was trained
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -70,7 +71,7 @@ class Run:
 
     @cached_property
     def federation(self) -> Federation:
-        return assemble(self.recipe)
+        return assemble(self.recipe if self.device is None else self.recipe.altered({"backbone.device": self.device}))
 
     @property
     def sites(self) -> tuple[str, ...]:

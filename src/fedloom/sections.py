@@ -113,6 +113,7 @@ class Backbone:
     # of the frozen weights; fastest: bfloat16 where this machine multiplies it in hardware
     dtype: Literal["auto", "fastest", "float32", "bfloat16"] = "auto"
     attention: Literal["auto", "eager", "sdpa"] = "auto"
+    device: str = "cpu"  # where it computes: cpu, or an accelerator that `fedloom check` finds (cuda, cuda:1, mps)
     # an adapter's formula, or the functions of fedloom.fused; short: those, and of the last block what is pooled, alone
     kernels: Literal["auto", "plain", "fused", "short"] = "auto"
     checkpointing: bool = False  # less memory, more time

@@ -4,6 +4,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +12,9 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from fedloom.backbones.adaptable import Adaptable, Network
+from fedloom.backbones.adaptable import CPU, Adaptable
 from fedloom.backbones.batches import Batch, Features
+from fedloom.backbones.network import Network
 from fedloom.errors import BackboneError
 from fedloom.sources import suggestion
 
@@ -27,9 +29,11 @@ def load(
     dtype: torch.dtype = torch.float32,
     attention: Attention = "sdpa",
     checkpointing: bool = False,
+    device: torch.device = CPU,
 ) -> Adaptable:
     """A frozen backbone by the name of a built-in one, by folder, or by its name on the Hugging Face hub.
 
+    device: where it computes (`fedloom.backbones.devices`); what goes in and comes out is on the CPU
     towers: those that take an adapter; None: the family's own, which is `vision` for CLIP and SigLIP
 
     raises BackboneError: there is no such model, it cannot be read, it is of a family that fedloom does not adapt, or
@@ -39,7 +43,7 @@ def load(
     kind = _model_type(folder)
     if kind not in LOADERS:
         raise BackboneError(f"backbone '{name}' is a '{kind}'; fedloom adapts {', '.join(sorted(LOADERS))}.")
-    return Adaptable(LOADERS[kind](folder, towers, dtype, attention), checkpointing)
+    return Adaptable(LOADERS[kind](Weights(folder, dtype, attention, device), towers), checkpointing)
 
 
 def locate(name: str) -> str:
@@ -74,14 +78,25 @@ def _model_type(folder: str) -> str:
         ) from e
 
 
-def _module(folder: str, dtype: torch.dtype, attention: Attention) -> Any:
+@dataclass(frozen=True)
+class Weights:
+    """A folder, or a name on the hub, and how its model is loaded."""
+
+    folder: str
+    dtype: torch.dtype
+    attention: Attention
+    device: torch.device
+
+
+def _module(weights: Weights) -> Any:
     """The model without any head for pre-training; its pooler is None where the checkpoint has none."""
     from transformers import AutoModel
 
+    folder = weights.folder
     try:
         with quietly():  # what it reports is checked below
             module, read = AutoModel.from_pretrained(
-                folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
+                folder, dtype=weights.dtype, attn_implementation=weights.attention, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise BackboneError(f"backbone '{folder}' cannot be read: {reason(e)}") from e
@@ -93,7 +108,7 @@ def _module(folder: str, dtype: torch.dtype, attention: Attention) -> Any:
         )
     if missing:
         module.pooler = None
-    return module
+    return module.to(weights.device)
 
 
 _one_at_a_time = threading.Lock()
@@ -136,36 +151,36 @@ def reason(e: Exception) -> str:
     return next(iter(str(e).strip().splitlines()), type(e).__name__)
 
 
-def _albef(folder: str, towers: tuple[str, ...] | None, dtype: torch.dtype, attention: Attention) -> Network:
+def _albef(weights: Weights, towers: tuple[str, ...] | None) -> Network:
     import fedloom.backbones.albef_model  # noqa: F401 (AutoModel learns of it)
     from fedloom.backbones.albef import TOWERS, Albef
 
-    processor = _processors(folder, "AutoImageProcessor", "AutoTokenizer")
-    return Albef(_module(folder, dtype, attention), processor, towers or TOWERS)
+    processor = _processors(weights.folder, "AutoImageProcessor", "AutoTokenizer")
+    return Albef(_module(weights), processor, towers or TOWERS)
 
 
-def _clip(folder: str, towers: tuple[str, ...] | None, dtype: torch.dtype, attention: Attention) -> Network:
+def _clip(weights: Weights, towers: tuple[str, ...] | None) -> Network:
     from fedloom.backbones.clip import CLIP
 
-    processor = _processors(folder, "AutoImageProcessor", "AutoTokenizer")
-    return CLIP(_module(folder, dtype, attention), processor, towers or ("vision",))
+    processor = _processors(weights.folder, "AutoImageProcessor", "AutoTokenizer")
+    return CLIP(_module(weights), processor, towers or ("vision",))
 
 
-def _text(folder: str, towers: tuple[str, ...] | None, dtype: torch.dtype, attention: Attention) -> Network:
+def _text(weights: Weights, towers: tuple[str, ...] | None) -> Network:
     from fedloom.backbones.text import Text
 
-    (tokenizer,) = _processors(folder, "AutoTokenizer")
-    return Text(_module(folder, dtype, attention), tokenizer, towers or ("text",))
+    (tokenizer,) = _processors(weights.folder, "AutoTokenizer")
+    return Text(_module(weights), tokenizer, towers or ("text",))
 
 
-def _vilt(folder: str, towers: tuple[str, ...] | None, dtype: torch.dtype, attention: Attention) -> Network:
+def _vilt(weights: Weights, towers: tuple[str, ...] | None) -> Network:
     from fedloom.backbones.vilt import ViLT
 
-    processor = _processors(folder, "AutoImageProcessor", "AutoTokenizer")
-    return ViLT(_module(folder, dtype, "eager"), processor, towers or ("joint",))
+    processor = _processors(weights.folder, "AutoImageProcessor", "AutoTokenizer")
+    return ViLT(_module(replace(weights, attention="eager")), processor, towers or ("joint",))
 
 
-Loader = Callable[[str, tuple[str, ...] | None, torch.dtype, Attention], Network]
+Loader = Callable[[Weights, tuple[str, ...] | None], Network]
 
 LOADERS: Mapping[str, Loader] = {  # by the model_type of config.json
     "albef": _albef,

@@ -3,70 +3,35 @@
 The backbone is a plain Hugging Face model in eval mode, wrapped in a `Network` that says where adapters may go and how
 a batch becomes features. Adapters are put in for the length of one call: added, scaled and inserted ones by forward
 hooks, replaced ones by `torch.func.functional_call`. One backbone in memory serves every site and every adapter.
+
+The backbone may be on an accelerator. All that goes in and comes out is on the CPU: adapters are small, and so nothing
+outside has to know where the pass runs.
 """
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from fedloom.adapters import Everything, Head
 from fedloom.backbones.batches import Batch, Features, form, joined
+from fedloom.backbones.network import Junction, Network
 from fedloom.errors import AdapterError
 from fedloom.fused import FUSED, Fused
 from fedloom.parted import Parted
 from fedloom.places import Adapter, Added, Inserted, Place, Replaced, Scaled
 from fedloom.tensors import RESERVED, Tensors, by_place, generator, padded
 
-
-def has_bf16() -> bool:
-    """Whether this machine multiplies bfloat16 in hardware."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-class Network(Protocol):
-    """A Hugging Face model, and what is particular about its family."""
-
-    module: nn.Module
-    processor: Sequence[Any]  # of pictures and of words, as transformers saves them
-    dim: int  # of Features.pooled
-    places: Mapping[Place, nn.Module]  # where added adapters may go, in the towers that are adapted
-    sequences: Mapping[Place, nn.Module]  # whole blocks, by their block place, where positions may be inserted
-    adapted: Sequence[nn.Module]  # the modules whose parameters replaced adapters may take
-    fuses: bool  # whether it reads an image and a text together, or one of the two
-    trunk: str  # the tower whose prefix can be cached
-    blocks: int  # of that tower
-    short: bool  # whether its last block runs only where the pooled features read it, if the family can
-
-    def decode(self, image: Image.Image) -> Tensor:
-        """A picture as the model sees it, before normalisation: (3, height, width) uint8."""
-
-    def features(self, batch: Batch, live: Collection[str]) -> Features:
-        """The forward pass. `live` names the towers under an adapter, whose results must not be reused."""
-
-    def mask(self, place: Place, batch: Batch, h: Tensor) -> Tensor:
-        """Which positions of the place's input `h` (m, positions, in_dim) are not padding: (m, positions) bool."""
-
-    def prefix(self, batch: Batch, blocks: int) -> Tensors:
-        """What the embeddings and the first `blocks` frozen blocks make of the batch, (n, ...) each."""
-
+CPU = torch.device("cpu")
 
 Kernels = Literal["plain", "fused", "short"]
 Use = Callable[[Place, Tensor, Tensor], Tensor]  # (place, input, output) -> output
 Call = tuple[Batch, Adapter, Tensors]
 Insert = Callable[[Place], Tensor | None]  # place -> positions, (n, dim)
-
-
-class Junction(nn.Module):
-    """A block place inside a block, where what is read is not what is added to: LN(residual) and residual in BERT."""
-
-    def forward(self, read: Tensor, onto: Tensor) -> Tensor:
-        return onto
 
 
 class Adaptable:
@@ -77,7 +42,8 @@ class Adaptable:
         self.network = network
         self.dim = network.dim
         self.places: tuple[Place, ...] = tuple(network.places)
-        self.dtype = next(network.module.parameters()).dtype
+        weight = next(network.module.parameters())
+        self.dtype, self.device = weight.dtype, weight.device
         self._names = frozenset(place.name for place in self.places)
         self.use("plain")
         self._use: Use | None = None
@@ -110,7 +76,7 @@ class Adaptable:
             taken = self._parameters(adapter)
             if not taken:
                 raise AdapterError(f"{adapter} finds no parameter to train in the adapted towers of this backbone.")
-            return {name: parameter.detach().float().clone() for name, parameter in taken.items()}
+            return {name: parameter.detach().cpu().float().clone() for name, parameter in taken.items()}
         tensors: dict[str, Tensor] = {}
         places = self.network.sequences if isinstance(adapter, Inserted) else self.places
         for place in filter(adapter.at, places):
@@ -123,6 +89,9 @@ class Adaptable:
 
     def __call__(self, batch: Batch, adapter: Adapter, tensors: Tensors) -> Features:
         """Features of a batch under an adapter. Tensors under a reserved first part (a head, moments) are left out."""
+        return self._features(batch.to(self.device), adapter, tensors).to(CPU)
+
+    def _features(self, batch: Batch, adapter: Adapter, tensors: Tensors) -> Features:
         if isinstance(adapter, Replaced):
             return self._replaced(batch, tensors)
         own, put = self._own(tensors), adapter
@@ -181,7 +150,7 @@ class Adaptable:
 
     def inputs(self, batch: Batch, adapter: Added, tensors: Tensors) -> Iterator[tuple[Place, Tensor, Tensor]]:
         """What the adapter reads at each place, (m, positions, in_dim), and which positions are not padding."""
-        own = self._own(tensors)
+        own, batch = self._own(tensors), batch.to(self.device)
         read: list[tuple[Place, Tensor]] = []
 
         def spy(place: Place, h: Tensor, out: Tensor) -> Tensor:
@@ -193,7 +162,7 @@ class Adaptable:
         with torch.no_grad(), self._using(spy):
             self.network.features(batch, {place.tower for place in self.places})
         for place, h in read:
-            yield place, h, self.network.mask(place, batch, h)
+            yield place, h.cpu(), self.network.mask(place, batch, h).cpu()
 
     def frozen_blocks(self, adapter: Adapter) -> int | None:
         """How many of the first blocks an adapter leaves as they are, so that their result may be kept; None: not even
@@ -206,11 +175,16 @@ class Adaptable:
     @torch.no_grad()
     def prefix(self, batches: Sequence[Batch], blocks: int) -> dict[str, Tensor]:
         """What the first frozen blocks make of these batches, one after the other, filled up to the longest example."""
-        parts = [self.network.prefix(batch, blocks) for batch in batches]
-        return {name: padded([part[name] for part in parts]) for name in parts[0]}
+        parts = [self.network.prefix(batch.to(self.device), blocks) for batch in batches]
+        return {name: padded([part[name].cpu() for part in parts]) for name in parts[0]}
 
     def _own(self, tensors: Tensors) -> dict[str, dict[str, Tensor]]:
-        own = {place: leaves for place, leaves in by_place(tensors).items() if place not in RESERVED}
+        """By place, on the backbone's device."""
+        own = {
+            place: {leaf: tensor.to(self.device) for leaf, tensor in leaves.items()}
+            for place, leaves in by_place(tensors).items()
+            if place not in RESERVED
+        }
         if unknown := own.keys() - self._names:
             raise AdapterError(
                 f"the adapter has tensors at '{min(unknown)}', and this backbone has no such place "
@@ -278,7 +252,7 @@ class Adaptable:
                     f"the adapter replaces '{name}', and the adapted towers of this backbone have no such parameter: "
                     "it was made for another backbone or tower."
                 )
-            parameters[f"module.{place}.{leaf}".replace("..", ".")] = tensor.to(self.dtype)
+            parameters[f"module.{place}.{leaf}".replace("..", ".")] = tensor.to(self.device, self.dtype)
         features: Features = torch.func.functional_call(self._wrapped, parameters, (batch, self._towers()))
         return features
 

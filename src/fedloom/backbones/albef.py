@@ -86,6 +86,9 @@ class Tree:
             torch.tensor(steps).T,
         )
 
+    def to(self, device: torch.device) -> "Tree":
+        return Tree(*(tensor.to(device) for tensor in (self.ids, self.position, self.reads, self.step)))
+
 
 class Albef:
     """An AlbefModel as a `Network`.
@@ -111,7 +114,7 @@ class Albef:
         text: Any = module.config.text_config
         self.dim: int = text.hidden_size
         self.blocks = len(module.vision.layers)
-        self.tokens = Tokens(tokenizer, text.max_position_embeddings)
+        self.tokens = Tokens(tokenizer, text.max_position_embeddings, module.device)
         layers = {
             "vision": (module.vision.layers, VISION),
             "text": (module.text.layers, TEXT),
@@ -129,7 +132,8 @@ class Albef:
         self.adapted: Sequence[nn.Module] = [part for tower in towers for part in parts[tower]]
         self._trees = lru_cache(TREES_KEPT)(self._grow)
         self._mean, self._std = (
-            torch.tensor(getattr(self.image_processor, name)).view(1, 3, 1, 1) for name in ("image_mean", "image_std")
+            torch.tensor(getattr(self.image_processor, name)).view(1, 3, 1, 1).to(module.device)
+            for name in ("image_mean", "image_std")
         )
 
     def decode(self, image: Image.Image) -> Tensor:
@@ -146,7 +150,7 @@ class Albef:
         reads_other = place.layer in ("x_k_proj", "x_v_proj")
         if place.tower == ("decoder" if reads_other else "text"):  # else patches, or a tree's nodes
             return self.tokens(_texts(batch))[1]
-        return torch.ones(h.shape[:2], dtype=torch.bool)
+        return torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
 
     def prefix(self, batch: Batch, blocks: int) -> Tensors:
         return {f"vision.{blocks}": self._blocks(self._embed(batch.images), 0, blocks)}
@@ -189,7 +193,7 @@ class Albef:
         tokens = self.tokens
         pieces = tokens.tokenizer(list(candidates), truncation=True, max_length=tokens.longest)["input_ids"]
         parts = [pieces[first : first + AT_ONCE] for first in range(0, len(pieces), AT_ONCE)]
-        return [(Tree.of(part), len(part)) for part in parts]
+        return [(Tree.of(part).to(tokens.device), len(part)) for part in parts]
 
 
 def _texts(batch: Batch) -> tuple[str, ...]:

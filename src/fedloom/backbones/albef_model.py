@@ -42,7 +42,7 @@ from transformers.models.bert.modeling_bert import (
     BertPreTrainedModel,
 )
 
-from fedloom.backbones.adaptable import Junction
+from fedloom.backbones.network import Junction
 from fedloom.errors import BackboneError
 
 TEMPERATURE = 0.07  # of the contrastive loss, at the start

@@ -1,7 +1,7 @@
 """What goes into a backbone, and what comes out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
@@ -23,6 +23,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def to(self, device: torch.device) -> "Batch":
+        """What a backbone reads of it on its device; the targets, which it does not read, where they are."""
+        if device.type == "cpu":
+            return self
+        images = None if self.images is None else self.images.to(device)
+        return replace(self, images=images, prefix={name: tensor.to(device) for name, tensor in self.prefix.items()})
+
 
 @dataclass(frozen=True)
 class Features:
@@ -30,6 +37,10 @@ class Features:
 
     pooled: Tensor  # (n, dim), for a head
     scores: Tensor | None = None  # (n, candidates) logits, where the batch has candidates
+
+    def to(self, device: torch.device) -> "Features":
+        """The same, on a device; gradients go back to where they came from."""
+        return Features(self.pooled.to(device), None if self.scores is None else self.scores.to(device))
 
 
 def form(batch: Batch) -> tuple[object, ...]:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from fedloom.backbones.adaptable import Junction
 from fedloom.backbones.batches import Batch, Features
+from fedloom.backbones.network import Junction
 from fedloom.errors import BackboneError, DataError
 from fedloom.places import Place
 from fedloom.tensors import Tensors
@@ -59,7 +59,8 @@ class CLIP:
         self._tokens = lru_cache(CANDIDATES_KEPT)(self._tokenise)
         self._frozen_candidates = lru_cache(CANDIDATES_KEPT)(torch.no_grad()(self._text))
         self._mean, self._std = (
-            torch.tensor(getattr(self.image_processor, name)).view(1, 3, 1, 1) for name in ("image_mean", "image_std")
+            torch.tensor(getattr(self.image_processor, name)).view(1, 3, 1, 1).to(module.device)
+            for name in ("image_mean", "image_std")
         )
 
     def decode(self, image: Image.Image) -> Tensor:
@@ -78,9 +79,11 @@ class CLIP:
 
     def mask(self, place: Place, batch: Batch, h: Tensor) -> Tensor:
         if place.tower == "vision":
-            return torch.ones(h.shape[:2], dtype=torch.bool)
+            return torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
         texts = batch.texts if _texts_alone(batch) else batch.candidates
-        return self._tokens(texts)["attention_mask"].bool() if h.dim() == 3 else torch.ones(len(h), 1, dtype=torch.bool)
+        if h.dim() == 3:
+            return self._tokens(texts)["attention_mask"].bool()
+        return torch.ones(len(h), 1, dtype=torch.bool, device=h.device)
 
     def prefix(self, batch: Batch, blocks: int) -> Tensors:
         if batch.images is None:
@@ -125,7 +128,8 @@ class CLIP:
         length = self.module.config.text_config.max_position_embeddings
         padding = "max_length" if self.siglip else "longest"
         encoded = self.tokenizer(list(texts), padding=padding, max_length=length, truncation=True, return_tensors="pt")
-        return {name: encoded[name] for name in ("input_ids", "attention_mask") if name in encoded}
+        kept = [name for name in ("input_ids", "attention_mask") if name in encoded]
+        return {name: encoded[name].to(self.module.device) for name in kept}
 
     def _texts(self, batch: Batch) -> tuple[str, ...]:
         if batch.texts is None:

@@ -99,8 +99,9 @@ class Stack:
 class Tokens:
     """A tokenizer that knows how long a text its model takes; what is longer is cut."""
 
-    def __init__(self, tokenizer: Any, longest: int):
+    def __init__(self, tokenizer: Any, longest: int, device: torch.device):
         self.tokenizer = tokenizer
+        self.device = device
         self.longest = min(longest, tokenizer.model_max_length)
         self._encoded = lru_cache(BATCHES_KEPT)(self._encode)
         self._given: tuple[Tensor, Tensor] | None = None
@@ -122,7 +123,7 @@ class Tokens:
         encoded = self.tokenizer(
             list(texts), padding=True, max_length=self.longest, truncation=True, return_tensors="pt"
         )
-        return encoded["input_ids"], encoded["attention_mask"].bool()
+        return encoded["input_ids"].to(self.device), encoded["attention_mask"].bool().to(self.device)
 
 
 def written(texts: Sequence[str]) -> tuple[str, ...]:
@@ -159,7 +160,7 @@ class Text:
         self.adapted: Sequence[nn.Module] = [module]
         # RoBERTa numbers positions from the one after its padding token.
         first = config.pad_token_id + 1 if "roberta" in config.model_type else 0
-        self.tokens = Tokens(tokenizer, config.max_position_embeddings - first)
+        self.tokens = Tokens(tokenizer, config.max_position_embeddings - first, module.device)
 
     def decode(self, image: Image.Image) -> NoReturn:
         raise DataError('this backbone reads texts alone; set image = "none" in [data.columns].')

@@ -58,9 +58,10 @@ class ViLT:
         self.places: Mapping[Place, nn.Module] = self.stack.places(self.dim)
         self.sequences: Mapping[Place, nn.Module] = self.stack.sequences(self.places)
         self.adapted: Sequence[nn.Module] = [module]
-        self.tokens = Tokens(tokenizer, config.max_position_embeddings)
+        self.tokens = Tokens(tokenizer, config.max_position_embeddings, module.device)
         self._mean, self._std = (
-            torch.tensor(getattr(self.image_processor, name)).view(1, 3, 1, 1) for name in ("image_mean", "image_std")
+            torch.tensor(getattr(self.image_processor, name)).view(1, 3, 1, 1).to(module.device)
+            for name in ("image_mean", "image_std")
         )
 
     def decode(self, image: Image.Image) -> Tensor:
@@ -78,7 +79,7 @@ class ViLT:
         if batch.prefix:
             return self.stack.resume(batch.prefix)[1]
         texts, patches = self.tokens(_texts(batch))[1], _packing(self._shown(_images(batch)))[1]
-        return torch.cat([texts, torch.ones(len(texts), 1, dtype=torch.bool), patches], dim=1)
+        return torch.cat([texts, torch.ones_like(texts[:, :1]), patches], dim=1)
 
     def prefix(self, batch: Batch, blocks: int) -> Tensors:
         return self.stack.prefix(*self._embed(batch), blocks)
@@ -98,7 +99,7 @@ class ViLT:
         grid = parts.patch_embeddings((images[:, :3].float() / 255 - self._mean) / self._std)
         if images.shape[1] == 3:
             patches = (grid + self._positions(*grid.shape[2:])).flatten(2).transpose(1, 2)
-            mask = torch.ones(patches.shape[:2], dtype=torch.bool)
+            mask = torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device)
         else:
             shown = self._shown(images)
             grid = grid + torch.stack([self._positions_of(cells) for cells in shown])

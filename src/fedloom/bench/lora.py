@@ -10,7 +10,8 @@ from torch import Tensor
 from fedloom.adapters import Head, LoRA
 from fedloom.assembly import KERNELS
 from fedloom.backbones import Adaptable, Batch
-from fedloom.backbones.adaptable import Kernels, has_bf16
+from fedloom.backbones.adaptable import Kernels
+from fedloom.backbones.devices import has_bf16
 from fedloom.bench.lines import Line
 from fedloom.bench.measuring import interleaved, milliseconds, products
 from fedloom.bench.shapes import NAMES, Size, batch, clip, clip_module, normalised, prompts

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedloom import __version__
-from fedloom.backbones.adaptable import has_bf16
+from fedloom.backbones.devices import has_bf16
 from fedloom.errors import RunError
 
 Name = TypeVar("Name", bound=Hashable)

@@ -3,6 +3,7 @@
 name = "oslo"                          # as in its certificate
 kit = "oslo/kit"                       # made by `fedloom deploy package`
 state = "state"                        # private tensors and the audit log; nothing else is written
+device = "cpu"                         # where the backbone computes here, whatever the recipe says
 
 [data]
 source = "scans/manifest.jsonl"        # instead of the recipe's
@@ -76,6 +77,7 @@ class SiteConfig:
     data: SiteData
     policy: Policy
     state: str = "state"
+    device: str = "cpu"  # where the backbone computes here: cpu, or an accelerator that `fedloom check` finds
 
     @property
     def folder(self) -> Path:
@@ -161,7 +163,7 @@ def allowed(config: SiteConfig, text: str, sites: int) -> tuple[Recipe, Group]:
             f"the backbone '{recipe.backbone.name}' here has the SHA-256 {found}, and the policy allows "
             f"{backbone.sha256}; put the one that was agreed on in its place."
         )
-    recipe = replace(recipe, backbone=replace(recipe.backbone, name=folder))
+    recipe = replace(recipe, backbone=replace(recipe.backbone, name=folder, device=config.device))
     where = {**group.data.where, **config.data.where}
     return recipe, replace(group, data=replace(group.data, source=config.data.source, where=where))
 

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 import tomli_w
 
+from fedloom.backbones.devices import device
 from fedloom.data import read
 from fedloom.deploy.kits import Kind, command, environment, lock
 from fedloom.deploy.look import answered, sound
@@ -27,6 +28,7 @@ def site(path: Path) -> SiteConfig:
     for name, backbone in config.policy.backbones.items():
         if (found := fingerprint(backbone.folder or name)) != backbone.sha256:
             raise DeployError(f"the backbone '{name}' here has the SHA-256 {found}; {path} says {backbone.sha256}.")
+    device(config.device)
     read(config.data.source)
     sound(kit)
     answered(kit, PATIENCE)

@@ -16,6 +16,7 @@ form is loaded again and asked before a folder gets its name. Two exports of one
 
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def export(run: Run, to: Path, sites: Sequence[str] = (), forms: Collection[Form
         )
     if file := next((path for path in (to, *to.parents) if path.is_file()), None):
         raise ExportError(f"'{file}' is a file; name a folder with --to.")
+    run = replace(run, device="cpu")  # on which whoever uses it may be
     folders = {site: to / site_folder(to, site).name for site in sites or run.sites}
     for folder in folders.values():
         if folder.is_file() or holds_anything(folder):

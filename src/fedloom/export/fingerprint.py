@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fedloom.backbones.adaptable import Network
 from fedloom.backbones.batches import Batch
+from fedloom.backbones.network import Network
 from fedloom.tasks import Task
 from fedloom.tensors import generator
 
