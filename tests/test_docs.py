@@ -88,6 +88,52 @@ def test_the_recipe_of_the_readme_runs(recipe: Path, monkeypatch: pytest.MonkeyP
         assert (code, err) == (0, "")
 
 
+@pytest.mark.slow
+def test_the_exports_that_are_shown_are_made(recipe: Path, monkeypatch: pytest.MonkeyPatch, fedloom: Fedloom) -> None:
+    monkeypatch.chdir(recipe.parent)
+    manifest = recipe.with_name("manifest.jsonl")
+    manifest.write_text(manifest.read_text().replace("oslo", "north"))
+    package.run(recipe, Path("runs/hospitals"))
+    *shown, pushed = [words for words in commands(ROOT / "docs" / "export.md") if words[0] in ("export", "evaluate")]
+    assert len(shown) == 5
+    for words in shown:
+        code, _, err = fedloom(*words)
+        assert (code, err) == (0, ""), words
+    assert "--push" in pushed
+    assert fedloom(*pushed)[0] == 2  # nobody is signed in here
+
+
+SHOWN = [words for name in ("README.md", "docs/recipes.md") for words in commands(ROOT / name) if words[0] == "run"]
+FEWER = (
+    "federation.rounds=1",
+    "federation.evaluate_every=0",
+    "training.warmup_head=0",
+    "training.finetune=0",
+    "data.train=20",
+    "data.test=4",
+)
+FETCHED = ("feddlp-", "fedpia-")  # of data that users bring; these are run in test_recipes_built_in.py
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [words for words in SHOWN if words[1] != "mine.toml" and not words[1].startswith(FETCHED)], ids=" ".join
+)
+def test_a_run_that_is_shown_goes_through_a_round(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fedloom: Fedloom
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fewer = [f"federation.{key}" for key in ("rounds=1", "evaluate_every=0")] + ["data.train=24"]
+    code, _, err = fedloom(
+        *words, *(word for change in fewer for word in ("--set", change)), "--out", "runs/quickstart"
+    )
+    assert (code, err) == (0, "")
+    if words[1] == "quickstart":
+        for shown in commands(ROOT / "README.md"):
+            if shown[0] == "export":
+                assert fedloom(*shown)[0] == 0
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere_in_a_checkout(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)", FENCE.sub("", page.read_text("utf-8")))

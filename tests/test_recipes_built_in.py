@@ -10,6 +10,7 @@ from typing import Any
 import published
 import pytest
 import torch
+from test_docs import commands
 
 from fedloom.assembly import Federation, assemble, planned
 from fedloom.backbones.albef_model import AlbefConfig, AlbefModel
@@ -174,12 +175,20 @@ def test_beyond_medicine(small: Callable[..., list[str]]) -> None:
     assert len(shown.participants) == 3
 
 
-@pytest.mark.parametrize("name", ["fedpia-5-vilt", "fedpia-5-albef", "fedpia-3-vilt", "feddlp-pets", "cocovqa"])
-def test_one_of_each_family_runs(fedloom: Fedloom, small: Callable[..., list[str]], name: str, tmp_path: Path) -> None:
+PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+SHOWN = [words for words in commands(PAGE) if words[0] == "run" and words[1] in (*FEDPIA, *FEDDLP)]
+FAMILIES = ("fedpia-5-vilt", "fedpia-5-albef", "fedpia-3-vilt", "cocovqa")
+
+
+@pytest.mark.parametrize("words", [*SHOWN, *(["run", name] for name in FAMILIES)], ids=" ".join)
+def test_one_of_each_family_and_what_is_shown_runs(
+    fedloom: Fedloom, small: Callable[..., list[str]], words: list[str], tmp_path: Path
+) -> None:
+    name = words[1]
     overrides = [*small(name), "reference.rows=[]", "training.batch=32"]
     overrides += ["method.probe=1"] * (load(name).method_name == "fedpia")
     settings = [part for override in overrides for part in ("--set", override)]
-    code, _, err = fedloom("run", name, *settings, "--out", tmp_path / "run")
+    code, _, err = fedloom(*words, *settings, "--out", tmp_path / "run")
     assert (code, err) == (0, "")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert len(summary["views"]["personal"]["sites"]) == len(assembled(name, overrides).participants)
@@ -200,7 +209,7 @@ def test_missing_data_is_said_with_what_to_download_and_where_to_put_it(
 
 
 def test_the_page_of_recipes_names_every_recipe_and_where_each_set_is_from() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text("utf-8")
+    page = PAGE.read_text("utf-8")
     assert [path.stem for path in sorted(BUILT_IN.glob("*.toml")) if f"`{path.stem}`" not in page] == []
     rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `") and "https://" in line}
     assert rows.keys() == LAYOUTS.keys()
