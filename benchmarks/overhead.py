@@ -110,11 +110,12 @@ class Measure(Leading):
                         seconds[what].append(time.perf_counter() - began)
                         seconds[f"{what}, CPU"].append(cpu() - busy)
             figures[name] = {what: statistics.median(times) for what, times in seconds.items()}
-        memory = []
+        memory: dict[str, list[int]] = {"peak": [], "after": []}
         for _ in range(ROUNDS):
             round()
-            memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-        (kit / "overhead.json").write_text(json.dumps({"seconds": figures, "peak_mib_by_round": memory}))
+            memory["peak"].append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+            memory["after"].append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20)
+        (kit / "overhead.json").write_text(json.dumps({"seconds": figures, "mib_by_round": memory}))
 
 
 def main(kept: Path | None) -> None:

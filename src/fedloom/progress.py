@@ -121,7 +121,8 @@ class _Live:
     def _fields(self, stage: Began) -> dict[str, Any]:
         spent, done, ahead = time.monotonic() - self.started, self.done - stage.first, stage.rounds - self.done
         left = f"{duration(spent / done * ahead)} left" if done and ahead else "" if ahead else "measuring"
-        return {"at": f"{int(self.done)}/{stage.rounds}", "reached": self.reached, "left": left, "site": self.site}
+        site = self.site if ahead else ""
+        return {"at": f"{int(self.done)}/{stage.rounds}", "reached": self.reached, "left": left, "site": site}
 
 
 class _Lines(logging.Handler):

@@ -185,6 +185,8 @@ def run(recipe: Recipe | str | Path, out: str | Path, resume: bool = False, watc
         write_report(folder)  # a kill may have come before it
         return done
     with tracked(recipe, folder, watch) as told:
+        sources = dict.fromkeys(group.data.source for group in recipe.parts.values())
+        told(Note(f"reading {', '.join(sources)}, and the backbone {recipe.backbone.name}"))
         federation = assemble(recipe)
         # Only now: what cannot be read leaves no run behind.
         write(folder / "recipe.toml", f"{WRITTEN} {__version__}\n{recipe.dump()}".encode())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedloom.bench.attention import attention
 from fedloom.bench.feddlp import feddlp_step
 from fedloom.bench.grouped import grouped
 from fedloom.bench.lines import Line, Measured, table
@@ -29,6 +30,7 @@ PEERS = {"peft": "PEFT", "flwr": "Flower", "psutil": "psutil", "ray": "Ray"}
 Workload = Callable[[Size, int], Iterator[Line]]
 
 WORKLOADS: Mapping[str, Workload] = {
+    "attention": attention,
     "lora-step": lora_step,
     "clip-classes": many_classes,
     "feddlp-step": feddlp_step,

@@ -39,12 +39,14 @@ def clip_module(size: Size, attention: Attention = "sdpa") -> Any:
     return _drawn(CLIPModel, config, attention)
 
 
-def clip(size: Size, dtype: str = "float32", kernels: Kernels | None = None) -> Adaptable:
+def clip(
+    size: Size, dtype: str = "float32", kernels: Kernels | None = None, attention: Attention | None = None
+) -> Adaptable:
     """A CLIP that takes adapters in its image tower, by the numerical plan of a recipe in this dtype."""
     from transformers import AutoTokenizer, CLIPImageProcessorPil
 
     tokenizer = AutoTokenizer.from_pretrained(backbones.locate("clip-small"))
-    module = clip_module(size, cast(Attention, ATTENTION[dtype])).to(getattr(torch, dtype))
+    module = clip_module(size, attention or ATTENTION[dtype]).to(getattr(torch, dtype))
     model = Adaptable(CLIP(module, (CLIPImageProcessorPil(), tokenizer)))
     model.use(kernels or cast(Kernels, KERNELS[dtype]))
     return model

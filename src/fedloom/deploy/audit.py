@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fedloom.engines.messages import digest
 from fedloom.errors import StoreError
 
 
@@ -33,4 +32,6 @@ class Audit:
 
     def frame(self, experiment: str, what: str, frame: bytes) -> None:
         """Append a line about tensors: how many bytes, and their hash."""
+        from fedloom.engines.messages import digest  # which brings torch, and a note has no need of it
+
         self.note(experiment, f"{what}, {len(frame):,} bytes, sha256 {digest(frame)}")

@@ -8,8 +8,9 @@ import tomli_w
 
 from fedloom.backbones.devices import device
 from fedloom.data import read
-from fedloom.deploy.kits import Kind, command, environment, lock
+from fedloom.deploy.kits import REFUSED_LOG, Kind, command, environment, lock
 from fedloom.deploy.look import answered, sound
+from fedloom.deploy.overheard import listener
 from fedloom.deploy.policy import SiteConfig, fingerprint, load_limits, load_site
 from fedloom.errors import DeployError
 from fedloom.store import write
@@ -49,5 +50,7 @@ def server(kit: Path, limits: Path | None) -> None:
 def become(kit: Path, kind: Kind) -> NoReturn:
     """This process turns into FLARE's."""
     start = command(kit, kind)
+    if kind == "server":
+        os.dup2(listener(kit / REFUSED_LOG, environment())[0], 2)
     os.chdir(kit)
     os.execve(start[0], start, dict(environment()))
