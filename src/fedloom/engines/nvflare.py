@@ -6,6 +6,7 @@ one table of numbers, texts and a safetensors frame; FLARE is asked to serialise
 Written for nvflare 2.9.
 """
 
+import gc
 import threading
 from abc import abstractmethod
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from fedloom.engines.messages import TOPIC, Message
 from fedloom.errors import LinkError
 
 PAYLOAD = "message"
+LARGE = 2**24  # bytes of a frame whose memory is not left to chance
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,16 @@ class FlareLink:
         payload = reply.get(PAYLOAD)
         if not isinstance(payload, dict):
             raise LinkError("its reply is no message")
+        _freed(message)
         return payload
+
+
+def _freed(message: Any) -> None:
+    """What FLARE still holds of large frames that have crossed: a task and its future hold each other, and the bytes,
+    until Python looks for such circles, which it does by the number of objects, whatever their size."""
+    frame = message.get("frame") if isinstance(message, dict) else None
+    if isinstance(frame, bytes) and len(frame) > LARGE:
+        gc.collect()
 
 
 class Listening(Executor):  # type: ignore[misc]
@@ -65,6 +76,7 @@ class Listening(Executor):  # type: ignore[misc]
 
     def _heard(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
         message = request.get(PAYLOAD)
+        _freed(message)
         reply = make_reply(ReturnCode.OK)
         reply[PAYLOAD] = self._answer(message if isinstance(message, dict) else {})
         return reply
