@@ -1,15 +1,19 @@
 """The benchmark's arithmetic and its command; how fast anything is, no test says."""
 
+import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedloom import bench
+from fedloom.assembly import ATTENTION
 from fedloom.bench.lines import Line, Measured, table
 from fedloom.bench.measuring import interleaved
 
+ROOT = Path(__file__).parents[1]
 FASTER = Line("a", "a step", 2.0, "ms", "a peer", 6.0, goal=2.5, floor=1.5)
 SMALLER = Line("b", "a site", 1.0, "MB", "its bytes", 4.0, goal=0.2, at_most=True)
 ALONE = Line("c", "a client", 1.2, "ms", goal=1.5, at_most=True)
@@ -62,3 +66,12 @@ def test_the_command_names_its_workloads(fedloom: Callable[..., tuple[int, str, 
     assert code == 2
     assert "did you mean 'lora-step'" in err
     assert fedloom("bench", "--size", "huge")[0] == 2
+
+
+def test_auto_is_the_attention_that_was_measured_quicker(tmp_path: Path) -> None:
+    publish = runpy.run_path(str(ROOT / "benchmarks" / "publish_bench.py"))
+    measured = ROOT / "benchmarks" / "results" / "bench" / "attention-base.json"
+    assert publish["quicker"](measured) == dict(ATTENTION)
+    slower = replace(FASTER, what="LoRA step, a model, float32, sdpa, batch 8", own=7.0)
+    (tmp_path / "slower.json").write_text(Measured((slower,), (), "fedloom bench attention", {}).json())
+    assert publish["quicker"](tmp_path / "slower.json") == {"float32": "eager"}
