@@ -26,7 +26,7 @@ import torch
 
 from fedloom.deploy.audit import Audit
 from fedloom.engines.messages import Message, sent
-from fedloom.engines.nvflare import FlareLink, Leading, Listening
+from fedloom.engines.nvflare import FlareLink, Leading, Listening, settled
 from fedloom.engines.remote import Limits, RemoteEngine
 from fedloom.federation import admit
 from fedloom.methods import FedAvg
@@ -46,6 +46,7 @@ class Echo(Listening):
     def open(self, kit: Path) -> Callable[[Message], dict[str, Any]]:
         torch.set_num_threads(1)
         audit, wire = Audit(kit / "audit.log"), Wire()
+        settled()
 
         def answer(message: Message) -> dict[str, Any]:
             reply = {"nonce": message.get("nonce", "")}
@@ -78,6 +79,7 @@ class Measure(Leading):
             link, "0" * 32, method, limits=Limits(deadline=300), seen=lambda site, text: audit.note("0" * 32, text)
         )
         engine.ready(SITES)
+        settled()
         figures: dict[str, Any] = {}
         for name, size in SIZES.items():
             shared = Shared({"0/A": torch.rand(size // 4)})

@@ -12,7 +12,7 @@ from fedloom.deploy.conduct import Experiment, Standing, conduct
 from fedloom.deploy.policy import load_limits, load_site
 from fedloom.deploy.resident import EXPERIMENT, Resident
 from fedloom.engines.messages import Message
-from fedloom.engines.nvflare import FlareLink, Leading, Listening
+from fedloom.engines.nvflare import FlareLink, Leading, Listening, settled
 from fedloom.errors import FedloomError, RecipeError
 from fedloom.events import Began, Ended, Event, Note, Replied
 from fedloom.recipe import Recipe, parsed
@@ -28,7 +28,15 @@ class SiteEnd(Listening):
     """A site's part of a job. It takes no arguments: all that it does is in the site's own file."""
 
     def open(self, kit: Path) -> Callable[[Message], dict[str, Any]]:
-        return Resident(load_site(kit / "local" / "site.toml")).answer
+        resident = Resident(load_site(kit / "local" / "site.toml"))
+
+        def answer(message: Message) -> dict[str, Any]:
+            reply = resident.answer(message)
+            if message.get("kind") == "hello":
+                settled()
+            return reply
+
+        return answer
 
 
 class ServerEnd(Leading):
@@ -101,6 +109,8 @@ class ServerEnd(Leading):
 
     def _watch(self, event: Event) -> None:
         self.events.append(to_json(event))
+        if isinstance(event, Began):
+            settled()
 
 
 def to_json(event: Event) -> dict[str, Any]:

@@ -53,6 +53,12 @@ class FlareLink:
         return payload
 
 
+def settled() -> None:
+    """What is loaded now stays, and is not looked through each time that a large frame has crossed."""
+    gc.collect()
+    gc.freeze()
+
+
 def _freed(message: Any) -> None:
     """What FLARE still holds of large frames that have crossed: a task and its future hold each other, and the bytes,
     until Python looks for such circles, which it does by the number of objects, whatever their size."""
