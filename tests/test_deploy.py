@@ -1,6 +1,7 @@
 """A federation across sites, without the machines: messages, the engine, a site's policy, and what is written down."""
 
 import errno
+import io
 import json
 import logging
 import os
@@ -589,8 +590,22 @@ def test_a_connection_that_tls_refused_is_written_down_and_all_else_passed_on(tm
     os.close(stdin)
     assert child.wait(60) == 0
     (line,) = log.read_text().splitlines()
-    assert line.endswith("refused: a connection without a certificate of the project: NO_CERTIFICATE: x")
+    assert line.endswith("refused: a connection, by TLS: NO_CERTIFICATE: x")
     assert shown.read_text().startswith(f"a warning\n{failed}\n")
+
+
+def test_who_knocks_without_end_fills_no_log(tmp_path: Path) -> None:
+    from fedloom.deploy.overheard import FAILED, overhear
+
+    class Gone(io.StringIO):
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    moments = iter([0.0, 0.0, 0.1, 0.2, 5.0, 5.0])
+    overhear([f"{FAILED}\n"] * 4, Gone(), Audit(tmp_path / "log"), lambda: next(moments))
+    first, second = (tmp_path / "log").read_text().splitlines()
+    assert "more" not in first
+    assert second.endswith("(and 2 more since the line before)")
 
 
 def test_private_tensors_never_leave(recipe: Path, here: Here, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fedloom.errors import BackboneError, RecipeError
 from fedloom.export.fingerprint import picture
 from fedloom.places import Adapter
 from fedloom.recipe import load
-from fedloom.runs import run
+from fedloom.runs import Run, run
 from fedloom.tensors import same
 
 ADAPTERS = (Bottleneck(4), LoRA(2), IA3(), Norms(), Everything(), Prompt(2))
@@ -97,6 +97,7 @@ def test_a_run_elsewhere_leaves_the_same_bits(row: str, recipe: Path, tmp_path: 
     assert same(here.shared, there.shared)
     assert all(same(here.private(site), there.private(site)) for site in here.sites)
     assert here.summary["views"] == there.summary["views"]
+    assert Run(there.folder, device="cpu").evaluate() == there.evaluate() == here.evaluate()
 
 
 def test_sites_grouped_and_cached_elsewhere(
@@ -122,6 +123,9 @@ def test_a_device_that_is_not_there(recipe: Path, fedloom: Callable[..., Any]) -
         with pytest.raises(BackboneError, match=rf"there is no device '{name}' here: torch .* finds cpu\."):
             devices.device(name)
     assert fedloom("run", recipe, "--set", "backbone.device=cuda")[0] == 2
+    done = run(load(recipe, {"reference.rows": []}), recipe.with_name("run"))
+    assert fedloom("evaluate", done.folder, "--device", "cuda")[0] == 2
+    assert fedloom("evaluate", done.folder, "--device", "cpu")[0] == 0
 
 
 def test_workers_are_of_the_cpu(recipe: Path, tmp_path: Path, elsewhere: str) -> None:

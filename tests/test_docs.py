@@ -123,10 +123,8 @@ def test_a_run_that_is_shown_goes_through_a_round(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fedloom: Fedloom
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    fewer = [f"federation.{key}" for key in ("rounds=1", "evaluate_every=0")] + ["data.train=24"]
-    code, _, err = fedloom(
-        *words, *(word for change in fewer for word in ("--set", change)), "--out", "runs/quickstart"
-    )
+    settings = [word for change in FEWER for word in ("--set", change)]
+    code, _, err = fedloom(*words, *settings, "--out", "runs/quickstart")
     assert (code, err) == (0, "")
     if words[1] == "quickstart":
         for shown in commands(ROOT / "README.md"):

@@ -74,7 +74,8 @@ def planned(recipe: Recipe) -> Recipe:
     asked = recipe.backbone
     fastest = "bfloat16" if has_bf16(asked.device) else "float32"
     dtype = {"auto": DTYPE, "fastest": fastest}.get(asked.dtype, asked.dtype)
-    own = ATTENTION[dtype] if asked.device == "cpu" else "sdpa"
+    # Elsewhere the backward pass of sdpa has other bits each time.
+    own = ATTENTION[dtype] if asked.device == "cpu" else "eager"
     attention = own if asked.attention == "auto" else asked.attention
     kernels = KERNELS[dtype] if asked.kernels == "auto" else asked.kernels
     plan = {"dtype": dtype, "attention": attention, "kernels": kernels}
@@ -88,7 +89,8 @@ def alone(recipe: Recipe, name: str, group: Group) -> Participant:
     """
     own = {name: replace(recipe.sites[name], joins=0)} if name in recipe.sites else {}
     data = replace(group.data, partition=Natural(), newcomer=0)
-    recipe = replace(recipe, data=data, task=group.task, groups={}, sites=own)
+    federation = replace(recipe.federation, workers=1)
+    recipe = replace(recipe, data=data, task=group.task, groups={}, sites=own, federation=federation)
     return assemble(recipe, owner=name).participants[name]
 
 
@@ -109,8 +111,7 @@ def assemble(recipe: Recipe, tested: bool = True, owner: str | None = None) -> F
         raise RecipeError(f"{recipe.file}: {why}; set [federation] workers = 1 (group trains several in one pass).")
     attention, where = cast(Attention, named.attention), device(named.device)
     model = backbones.load(named.name, named.towers, getattr(torch, named.dtype), attention, named.checkpointing, where)
-    # A run of before there was a choice is plain.
-    model.use("plain" if named.kernels == "auto" else named.kernels)
+    model.use("plain" if named.kernels == "auto" else named.kernels)  # a run of before there was a choice is plain
     participants: dict[str, Participant] = {}
     newcomers: dict[str, Participant] = {}
     skipped: list[str] = []

@@ -26,7 +26,7 @@ def lineage(federation: Federation) -> dict[str, Any]:
         "data": hashlib.sha256(repr(sorted(sites.items())).encode()).hexdigest(),
         "sites": sites,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "plan": f"{plan.dtype}, {plan.attention}, {THREADS} thread, {platform.machine()}",
+        "plan": f"{plan.dtype}, {plan.attention}, {THREADS} thread, {plan.device} of {platform.machine()}",
     }
 
 

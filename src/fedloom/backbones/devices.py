@@ -11,7 +11,7 @@ def device(name: str) -> torch.device:
     """The device of a name: cpu, or an accelerator's (cuda, cuda:1, mps, xpu); raises BackboneError.
 
     On an accelerator, torch is asked for operations that give the same bits each time, and for products in full
-    float32.
+    float32; it warns of what has no such operation.
     """
     have = available()
     try:
@@ -21,13 +21,13 @@ def device(name: str) -> torch.device:
     # An index alone, as "1", is one of the accelerator's for torch; here a device is always called by its kind.
     if found is None or str(found) != name or name not in have:
         raise BackboneError(
-            f"there is no device '{name}' here: torch {torch.__version__} finds {', '.join(have)}. Set [backbone] "
-            "device to one of these, or install a torch for it (pytorch.org/get-started)."
+            f"there is no device '{name}' here: torch {torch.__version__} finds {', '.join(have)}. Name one of these, "
+            "or install a torch for it (pytorch.org/get-started)."
         )
     if found.type != "cpu":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for, to be deterministic
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return found
 
 
@@ -43,4 +43,7 @@ def has_bf16(name: str = "cpu") -> bool:
     """Whether a device multiplies bfloat16 in hardware."""
     if name == "cpu":
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return name.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    if not (name.startswith("cuda") and name in available()):
+        return False
+    with torch.cuda.device(name):
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))

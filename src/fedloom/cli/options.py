@@ -20,6 +20,9 @@ Tune = Annotated[
 ProtocolFile = Annotated[
     Path | None, typer.Option("--protocol", metavar="FILE", help="Endpoints; else benchmarks/protocol.toml, if there.")
 ]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="NAME", help="Where the backbone computes; else where it was trained.")
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 Settings = Annotated[
     list[str] | None,

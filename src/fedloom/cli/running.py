@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fedloom.cli.app import app
-from fedloom.cli.options import RecipeName, RunFolder, Settings, folded, loaded
+from fedloom.cli.options import Device, RecipeName, RunFolder, Settings, folded, loaded
 from fedloom.errors import ExportError, RunError
 
 
@@ -71,6 +71,7 @@ def evaluate(
         Path | None,
         typer.Option("--exported", metavar="DIR", help="No run: does an export still answer as the federation did?"),
     ] = None,
+    device: Device = None,
 ) -> None:
     """Measure what each site of a run serves; or check an export, which needs neither run nor data."""
     if run is None:
@@ -87,7 +88,7 @@ def evaluate(
     from fedloom.runs import Run
 
     with watching():
-        found = Run(run).measure(split, site, by)
+        found = Run(run, device=device).measure(split, site, by)
     print(measured_table(found, mean=by is None))
 
 
@@ -118,6 +119,7 @@ def predict(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Where the answers for a folder go; else answers.csv.")
     ] = None,
+    device: Device = None,
 ) -> None:
     """What a site's model says of an image or a text; of a folder of images, into a CSV."""
     from fedloom.answers import images_in, write_csv
@@ -127,14 +129,14 @@ def predict(
     if image is None or not image.is_dir():
         if out is not None:
             raise RunError("--out is for a folder of images; name one with --image.")
-        for label, probability in Run(run).predict(site, image, text, question)[:top]:
+        for label, probability in Run(run, device=device).predict(site, image, text, question)[:top]:
             print(f"{probability:6.1%}  {label}")
         return
     images, table = images_in(image), out or Path("answers.csv")
     if not table.parent.is_dir() or table.is_dir():
         raise RunError(f"'{table}' cannot be written: its folder is not there, or it is one; name a file with --out.")
     with watching():
-        answers = Run(run).answers(site, images, text, question)
+        answers = Run(run, device=device).answers(site, images, text, question)
     write_csv(table, answers, top)
     bad = len(images) - len(answers)
     print(f"{table}: {len(answers)} images" + (f"; {bad} could not be read" if bad else ""))

@@ -3,13 +3,15 @@
     python -m fedloom.deploy.overheard LOG     # reads stdin until every writer has closed it
 
 Neither FLARE nor Python hears of a handshake that fails: gRPC's core says so in a line, without an address, and closes.
-A process beside the server's, because a server that is held up in Python must never wait for its own reader.
+A process beside the server's: one that is held up in Python must not keep its own stderr from being read.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -17,23 +19,37 @@ from fedloom.deploy.audit import Audit
 from fedloom.errors import StoreError
 
 FAILED = "Handshake failed"
+SECOND = 1.0  # between two notes: whoever knocks without end fills no disk, and holds nobody up
 
 
-def overhear(said: Iterable[str], passed_on: TextIO, audit: Audit) -> None:
-    """Write each line on, and those of refused connections into the log: the last of what the line says is why."""
+def overhear(said: Iterable[str], passed_on: TextIO, audit: Audit, clock: Callable[[], float] = time.monotonic) -> None:
+    """Write each line on, and those of refused connections into the log, the last of what such a line says as why; of
+    many in a second one, and their number with the next."""
+    unsaid, noted = 0, -SECOND
     for line in said:
-        passed_on.write(line)
-        passed_on.flush()
-        if FAILED in line:
-            try:
-                audit.note("", f"refused: a connection without a certificate of the project: {why(line)}")
-            except StoreError as e:  # a full disk: told where all else is told
-                passed_on.write(f"{e}\n")
+        _passed(line, passed_on)
+        if FAILED not in line:
+            continue
+        if clock() - noted < SECOND:
+            unsaid += 1
+            continue
+        more = f" (and {unsaid} more since the line before)" if unsaid else ""
+        try:
+            audit.note("", f"refused: a connection, by TLS: {why(line)}{more}")
+        except StoreError as e:  # a full disk: told where all else is told
+            _passed(f"{e}\n", passed_on)
+        unsaid, noted = 0, clock()
 
 
 def why(line: str) -> str:
     """PEER_DID_NOT_RETURN_A_CERTIFICATE, CERTIFICATE_VERIFY_FAILED: self signed certificate, and the like."""
     return line.rpartition("OPENSSL_internal:")[2].strip()
+
+
+def _passed(line: str, on: TextIO) -> None:
+    with contextlib.suppress(OSError):  # whoever read it is gone, or its disk is full; the server goes on
+        on.write(line)
+        on.flush()
 
 
 def listener(log: Path, environment: Mapping[str, str]) -> tuple[int, subprocess.Popen[bytes]]:

@@ -41,6 +41,7 @@ class FlareLink:
         request[PAYLOAD] = dict(message)
         with self.engine.new_context() as context:
             replies = self.engine.send_aux_request([site], TOPIC, request, seconds, context, optional=True)
+        _freed(message)
         reply = (replies or {}).get(site)
         if not isinstance(reply, Shareable):
             raise LinkError("it is not in this job")
@@ -49,7 +50,7 @@ class FlareLink:
         payload = reply.get(PAYLOAD)
         if not isinstance(payload, dict):
             raise LinkError("its reply is no message")
-        _freed(message)
+        _freed(payload)
         return payload
 
 
