@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,6 +39,7 @@ from fedloom.errors import (
     StoreError,
     UpdateError,
 )
+from fedloom.events import Event, Note
 from fedloom.methods import FedAvg
 from fedloom.recipe import load
 from fedloom.rounds import lines_of
@@ -339,6 +341,27 @@ def test_an_unlike_version_is_refused(here: Here, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("fedloom.deploy.resident.__version__", "0.0.1")
     message = {"kind": "hello", "experiment": EXPERIMENT, "nonce": "n", "version": "9", "recipe": "", "sites": 3}
     assert "the server runs fedloom 9 and this site 0.0.1" in here.residents["oslo"].answer(message)["error"]
+
+
+@pytest.mark.parametrize(("off", "said"), [(86_400, "ahead of"), (-86_400, "behind"), (60, None)])
+def test_a_clock_that_is_off_is_told(
+    recipe: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off: int, said: str | None
+) -> None:
+    monkeypatch.setattr("fedloom.deploy.resident.time", SimpleNamespace(time=lambda: time.time() + off))
+    told: list[str] = []
+    asked = planned(load(recipe, {**LABELS, "federation.rounds": 1, "training.warmup_head": 0}))
+
+    def watch(event: Event) -> None:
+        told.extend([event.text] if isinstance(event, Note) else [])
+
+    conduct(Experiment(EXPERIMENT, asked, SITES, tmp_path), here, WAITING, watch, Standing())
+    clocks = [text for text in told if "clock" in text]
+    assert [re.sub("[0-9]{2},[0-9]{3} s", "N s", text) for text in clocks] == (
+        [f"{site}'s clock is N s {said} this server's: one of the two is wrong; set it." for site in SITES]
+        if said
+        else []
+    )
+    assert "on cpu" in told[0]
 
 
 def test_a_recipe_whose_labels_nobody_could_know_is_refused(recipe: Path) -> None:

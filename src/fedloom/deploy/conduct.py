@@ -6,6 +6,7 @@ is begun again.
     recipe.toml   rounds.jsonl   server/   audit.log
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from fedloom.tensors import Shared
 from fedloom.tested import SURE
 from fedloom.views import summarised
 
+SKEW = 300.0  # seconds that two clocks may be apart before anybody is told
 SIMULATION = "only a simulation has the data of all sites at one place."
 
 
@@ -119,21 +121,27 @@ def _greeted(
     """What each site said of itself, by name; a site that refused the recipe counts as lost, with its reason."""
     hello = {"recipe": experiment.recipe.dump(), "version": __version__, "sites": len(experiment.roster)}
     ready = engine.ready(experiment.roster)
+    hello["clock"] = time.time()
     greeted: dict[str, Mapping[str, Any]] = {}
     for site, reply, _ in engine.ask("hello", ready, hello):
         if isinstance(reply, Silence):
             engine.refused[site] = reply.reason
             watch(Note(f"{site} takes no part: {reply.reason}"))
             continue
-        held, words = reply.get("held"), [reply.get(key) for key in ("metric", "task", "version", "data")]
+        held, words = reply.get("held"), [reply.get(key) for key in ("metric", "task", "version", "data", "device")]
         if not (isinstance(held, list) and all(isinstance(n, int) for n in held)) or not all(
             isinstance(word, str) for word in words
         ):
             engine.refused[site] = "its hello is none"
             continue
         greeted[site] = reply
-        told[site] = f"fedloom {reply['version']}, examples {reply.get('examples')}, data {reply['data']}"
+        told[site] = (
+            f"fedloom {reply['version']} on {reply['device']}, examples {reply.get('examples')}, data {reply['data']}"
+        )
         watch(Note(f"{site} is ready: {told[site]}"))
+        if isinstance(late := reply.get("ahead"), float) and abs(late) > SKEW:
+            way = "ahead of" if late > 0 else "behind"
+            watch(Note(f"{site}'s clock is {abs(late):,.0f} s {way} this server's: one of the two is wrong; set it."))
     return greeted
 
 

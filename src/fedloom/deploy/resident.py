@@ -14,6 +14,7 @@ import contextlib
 import logging
 import re
 import threading
+import time
 import traceback
 from dataclasses import dataclass, replace
 from typing import Any
@@ -126,7 +127,8 @@ class Resident:
         raise UpdateError(f"this site does not know what '{message.get('kind')}' asks for")
 
     def _hello(self, experiment: str, message: Message) -> dict[str, Any]:
-        text, version, sites = (message.get(key) for key in ("recipe", "version", "sites"))
+        text, version, sites, clock = (message.get(key) for key in ("recipe", "version", "sites", "clock"))
+        ahead = time.time() - clock if isinstance(clock, float) else 0.0
         if version != __version__:
             raise PolicyError(
                 f"the server runs fedloom {version} and this site {__version__}; with unlike versions results would "
@@ -145,6 +147,8 @@ class Resident:
         own = self._loaded.own
         reply = {
             "version": __version__,
+            "device": self.config.device,
+            "ahead": ahead,
             "metric": own.site.task.metric,
             "task": self._loaded.group or own.site.task.metric,
             "examples": {split: len(own.split(split)) for split in ("train", "held_out", "test")},
