@@ -31,7 +31,7 @@ def contents(folder: Path) -> Bits:
         if name.endswith("rounds.jsonl"):
             found[name] = [{**json.loads(line), "seconds": 0} for line in path.read_text().splitlines()]
         elif name == "summary.json":
-            found[name] = {**json.loads(path.read_text()), "seconds": 0}
+            found[name] = {**json.loads(path.read_text()), "seconds": 0, "memory": 0}
         else:
             found[name] = "" if name == "report.html" else path.read_bytes()
     return found

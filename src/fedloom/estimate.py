@@ -1,8 +1,6 @@
 """What a run will cost, measured on a few steps of it: `fedloom run RECIPE --dry-run`."""
 
 import logging
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +11,7 @@ import torch
 from fedloom.assembly import Federation, assemble, planned
 from fedloom.engines.local import Participant
 from fedloom.federation import site_evaluate, visible
+from fedloom.lineage import peak
 from fedloom.recipe import Recipe
 from fedloom.report.figures import duration, on_the_wire, size
 from fedloom.site import Update
@@ -114,7 +113,7 @@ def estimate(recipe: Recipe) -> Estimate:
         trained=(min(one.trained for one in kinds.values()), max(one.trained for one in kinds.values())),
         flops=max(one.flops for one in kinds.values()),
         seconds=sum(steps[name] * trainings * one.step + looks[name] * one.look for name, one in measured.items()),
-        memory=_peak(),
+        memory=peak(),
         disk=len(to_bytes(shared)) * checkpoints + kept,
         bytes_up=sum(measured[name].up for sites in asked for name in sites),
         bytes_down=len(first) * len(asked[0]) + down * sum(len(sites) for sites in asked[1:]),
@@ -197,9 +196,3 @@ def _time_of_a_look(federation: Federation, own: Participant, shared: Shared) ->
     began = time.perf_counter()
     site_evaluate(federation.method, own.site, Private({}), shared, few)
     return (time.perf_counter() - began) / len(few)
-
-
-def _peak() -> int:
-    """The most memory that this process has held, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,8 +1,11 @@
-"""What a result came from, so that who reads it can tell whether another came from the same."""
+"""What a result came from, so that who reads it can tell whether another came from the same; and what it took."""
 
 import hashlib
 import platform
+import resource
+import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +31,16 @@ def lineage(federation: Federation) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "plan": f"{plan.dtype}, {plan.attention}, {THREADS} thread, {plan.device} of {platform.machine()}",
     }
+
+
+def peak() -> int:
+    """The most bytes of memory that this process has held since it began."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # there `ru_maxrss` begins with what the parent held
+        held = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(held.split()[1])
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def weights(module: nn.Module) -> str:

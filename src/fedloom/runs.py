@@ -22,7 +22,7 @@ from fedloom.engines.local import Participant
 from fedloom.errors import RunError
 from fedloom.events import Note, Watch
 from fedloom.federation import own_state, predict
-from fedloom.lineage import lineage
+from fedloom.lineage import lineage, peak
 from fedloom.methods import METHODS, Local, Method, Pooled
 from fedloom.recipe import Recipe, load
 from fedloom.report import write_report
@@ -185,8 +185,6 @@ def run(recipe: Recipe | str | Path, out: str | Path, resume: bool = False, watc
         write_report(folder)  # a kill may have come before it
         return done
     with tracked(recipe, folder, watch) as told:
-        sources = dict.fromkeys(group.data.source for group in recipe.parts.values())
-        told(Note(f"reading {', '.join(sources)}, and the backbone {recipe.backbone.name}"))
         federation = assemble(recipe)
         # Only now: what cannot be read leaves no run behind.
         write(folder / "recipe.toml", f"{WRITTEN} {__version__}\n{recipe.dump()}".encode())
@@ -206,6 +204,7 @@ def _measured(recipe: Recipe, federation: Federation, folder: Path, watch: Watch
         "left_out": left_out(federation),
         "details": {name: said.details() for name, said in answered.items()},
         "lineage": lineage(federation),
+        "memory": peak(),
         "skipped_images": len(federation.skipped),
     }
 

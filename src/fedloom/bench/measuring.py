@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fedloom import __version__
 from fedloom.backbones.devices import has_bf16
-from fedloom.errors import RunError
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -82,18 +81,6 @@ def fresh(work: Callable[..., Any], *arguments: object) -> Any:
     """What `work` returns, in a process of its own, with one thread."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(work, *arguments).result()
-
-
-def peak() -> int:
-    """The most bytes that this process has held since it began.
-
-    raises RunError: the system does not tell
-    """
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        raise RunError("memory is read from /proc, which this system does not have; name other workloads.")
-    held = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(held.split()[1])
 
 
 def lineage() -> dict[str, str]:

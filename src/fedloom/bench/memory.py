@@ -10,11 +10,12 @@ from PIL import Image
 from fedloom.adapters import LoRA
 from fedloom.bench.lines import Line
 from fedloom.bench.lora import dtypes
-from fedloom.bench.measuring import fresh, peak
+from fedloom.bench.measuring import fresh
 from fedloom.bench.shapes import NAMES, Size, clip
 from fedloom.data import Dataset, Example, Pixels
 from fedloom.engines.local import LocalEngine, Participant
 from fedloom.federation import Schedule, federate
+from fedloom.lineage import peak
 from fedloom.methods import Ditto
 from fedloom.site import Site
 from fedloom.store import Store

@@ -12,10 +12,11 @@ from fedloom.adapters import Bottleneck, LoRA
 from fedloom.backbones import Adaptable
 from fedloom.bench.lines import Line
 from fedloom.bench.lora import BATCH, dtypes
-from fedloom.bench.measuring import fresh, interleaved, milliseconds, peak
+from fedloom.bench.measuring import fresh, interleaved, milliseconds
 from fedloom.bench.shapes import NAMES, VILT_NAMES, VILT_SIDE, Size, batch, clip, vilt
 from fedloom.bench.vilt import own as vilt_own
 from fedloom.federation import visible
+from fedloom.lineage import peak
 from fedloom.methods import FedPIA
 from fedloom.site import Answer, Update
 from fedloom.tensors import Shared, Tensors, from_bytes, generator, mean, to_bytes, without

@@ -162,9 +162,11 @@ def _sent(summary: Summary) -> dict[str, str]:
         way: size(n := summary[f"bytes_{way}"]) + (f", {size(n / answers)} an answer" if answers else "")
         for way in ("up", "down")
     }
-    if not summary.get("bytes_site"):
-        return ways
-    return ways | {"on the wire": f"{on_the_wire(summary['bytes_site'])}, for the site that moves most"}
+    if summary.get("bytes_site"):
+        ways["on the wire"] = f"{on_the_wire(summary['bytes_site'])}, for the site that moves most"
+    if summary.get("memory"):
+        ways["memory"] = f"{size(summary['memory'])} at most, of one process with all sites' data"
+    return ways
 
 
 def _lineage(summary: Summary, table: Mapping[str, Any]) -> dict[str, str]:

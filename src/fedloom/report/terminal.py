@@ -237,6 +237,8 @@ def _below(summary: Summary, rows: Sequence[Row]) -> Iterable[str]:
     yield f"{spent}; {size(summary['bytes_up'])} up, {size(summary['bytes_down'])} down"
     if summary.get("bytes_site"):
         yield f"on the wire {on_the_wire(summary['bytes_site'])}, for the site that moves most"
+    if summary.get("memory"):
+        yield f"memory {size(summary['memory'])} at most, of one process with all sites' data"
 
 
 def _grid(first: str, *heads: str) -> Table:
