@@ -143,7 +143,7 @@ def test_a_run_folder_is_as_that_of_a_simulation(recipe: Path, here: Here, tmp_p
     done = ended(tmp_path / "far", asked, result)
     assert (done.folder / "report.html").is_file()
     simulated = set(Run(run(asked, tmp_path / "near").folder).summary)
-    assert simulated - {"details", "lineage"} <= set(done.summary)  # which say more of a site's data
+    assert simulated - {"details", "lineage", "memory"} <= set(done.summary)  # which are of a site
     assert "simulation" in done.summary["left_out"]["global"]
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -77,7 +77,9 @@ class _Live:
         bar = BarColumn(bar_width=None)
         self.progress = Progress(stage, bar, *rest, console=console, expand=True, transient=True, refresh_per_second=4)
         self.stage: Began | None = None
-        self.task = TaskID(0)
+        # Until the first stage begins: data are read, and a backbone is loaded.
+        blank: Any = dict.fromkeys(("at", "reached", "left", "site"), "")
+        self.task = self.progress.add_task("working", total=None, **blank)
         self.started, self.done = 0.0, 0.0  # seconds; rounds, with the part of the one that goes on
         self.reached, self.site = "", ""
 
@@ -106,10 +108,11 @@ class _Live:
 
     def settle(self) -> None:
         """The stage is over, or the run is stopped: its line no longer moves, and stays."""
-        if self.stage is not None:
-            fields, spent = self._fields(self.stage), duration(time.monotonic() - self.started)
+        if self.progress.tasks:
             self.progress.remove_task(self.task)
             self.progress.refresh()  # or the next print would show it once more
+        if self.stage is not None:
+            fields, spent = self._fields(self.stage), duration(time.monotonic() - self.started)
             parts = (self.stage.stage, f"{fields['at']} rounds", self.reached, spent)
             _say(self.console, "  ".join(part for part in parts if part))
             self.stage = None

@@ -44,7 +44,6 @@ def run(
         for line in estimate(asked).lines():
             print(folded(line))
         return
-    from fedloom.events import Note
     from fedloom.progress import watching
     from fedloom.report import table
     from fedloom.runs import run as run_recipe
@@ -55,8 +54,6 @@ def run(
 
             done = run_across(asked, Consortium(project), folder, resume, watch)
         else:
-            sources = dict.fromkeys(group.data.source for group in asked.parts.values())
-            watch(Note(f"reading {', '.join(sources)}, and the backbone {asked.backbone.name}"))
             done = run_recipe(asked, folder, resume=resume, watch=watch)
     print(table(done.summary))
     print(f"\nReport: {done.folder / 'report.html'}")
