@@ -19,18 +19,20 @@ from fedloom.deploy.audit import Audit
 from fedloom.errors import StoreError
 
 FAILED = "Handshake failed"
-SECOND = 1.0  # between two notes: whoever knocks without end fills no disk, and holds nobody up
+MANY, MINUTE = 60, 60.0  # notes in so many seconds: whoever knocks without end fills no disk, and holds nobody up
 
 
 def overhear(said: Iterable[str], passed_on: TextIO, audit: Audit, clock: Callable[[], float] = time.monotonic) -> None:
     """Write each line on, and those of refused connections into the log, the last of what such a line says as why; of
-    many in a second one, and their number with the next."""
-    unsaid, noted = 0, -SECOND
+    very many in a minute the first ones, and the number of the others with the next."""
+    unsaid, noted, since = 0, 0, clock()
     for line in said:
         _passed(line, passed_on)
         if FAILED not in line:
             continue
-        if clock() - noted < SECOND:
+        if (now := clock()) - since >= MINUTE:
+            noted, since = 0, now
+        if noted == MANY:
             unsaid += 1
             continue
         more = f" (and {unsaid} more since the line before)" if unsaid else ""
@@ -38,7 +40,7 @@ def overhear(said: Iterable[str], passed_on: TextIO, audit: Audit, clock: Callab
             audit.note("", f"refused: a connection, by TLS: {why(line)}{more}")
         except StoreError as e:  # a full disk: told where all else is told
             _passed(f"{e}\n", passed_on)
-        unsaid, noted = 0, clock()
+        unsaid, noted = 0, noted + 1
 
 
 def why(line: str) -> str:
