@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ PAGES = [
 ]
 TOURS = sorted((ROOT / "docs" / "tours").glob("*.md"))
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```', re.MULTILINE | re.DOTALL)
-INDENTED = re.compile(r"^    (fedloom .*)$", re.MULTILINE)
+INDENTED = re.compile(r"^ {4,}(fedloom .*)$", re.MULTILINE)
 LOADS = ("run", "compare", "check", "advise")  # commands whose first argument is a recipe
 
 
@@ -45,8 +46,10 @@ def test_every_command_that_is_shown_is_one(page: Path) -> None:
     for words in commands(page):
         if "..." in words or not words:
             continue
-        command = group.commands[words[0]]
-        context = command.make_context(words[0], list(words[1:]))
+        command, rest = group, list(words)
+        while hasattr(command, "commands"):
+            command = command.commands[rest.pop(0)]
+        context = command.make_context(words[0], rest)
         recipe = str(context.params.get("recipe"))
         if words[0] in LOADS and not recipe.endswith(".toml"):
             load(recipe, context.params.get("settings") or ())
@@ -130,6 +133,37 @@ def test_a_run_that_is_shown_goes_through_a_round(
         for shown in commands(ROOT / "README.md"):
             if shown[0] == "export":
                 assert fedloom(*shown)[0] == 0
+
+
+@pytest.mark.slow
+def test_the_suite_that_is_shown_is_run_for_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fedloom: Fedloom
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    (words,) = (words for words in commands(ROOT / "docs" / "recipes.md") if words[0] == "suite")
+    code, _, err = fedloom(*words, "--seeds", "0-0", "--rows", "majority")
+    assert (code, err) == (0, "")
+
+
+def test_the_page_of_a_consortium_leads_to_a_kit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fedloom: Fedloom
+) -> None:
+    """A server and sites that run are those of test_flare.py."""
+    monkeypatch.chdir(tmp_path)
+    shown = {words[1]: words for words in commands(ROOT / "docs" / "deploy.md") if words[0] == "deploy"}
+    assert shown.keys() == {"init", "approve", "status", "join", "package", "doctor"}
+
+    def said(step: str, *more: str) -> str:
+        code, out, err = fedloom(*shown[step], *more)
+        assert (code, err) == (0, ""), step
+        return out.split()[-1]
+
+    project, request = said("init"), said("join")
+    shutil.copy("oslo/oslo.request.zip", tmp_path)
+    said("approve", "--fingerprint", request)
+    said("package", "--fingerprint", project)
+    assert (tmp_path / "oslo" / "kit" / "startup").is_dir()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
