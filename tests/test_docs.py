@@ -5,6 +5,8 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,15 @@ def test_the_suite_that_is_shown_is_run_for_a_row(
     (words,) = (words for words in commands(ROOT / "docs" / "recipes.md") if words[0] == "suite")
     code, _, err = fedloom(*words, "--seeds", "0-0", "--rows", "majority")
     assert (code, err) == (0, "")
+
+
+@pytest.mark.slow
+def test_the_benchmark_that_is_shown_is_run_once(tmp_path: Path) -> None:
+    (words,) = (words for words in commands(ROOT / "docs" / "performance.md") if "lora-step" in words)
+    call = [sys.executable, "-c", "import sys; from fedloom.cli import main; sys.exit(main())"]
+    done = subprocess.run([*call, *words, "--repeats", "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "bench.json").read_text())["lines"]
 
 
 def test_the_page_of_a_consortium_leads_to_a_kit(
