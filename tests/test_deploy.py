@@ -1,6 +1,7 @@
 """A federation across sites, without the machines: messages, the engine, a site's policy, and what is written down."""
 
 import errno
+import gc
 import io
 import json
 import logging
@@ -9,6 +10,7 @@ import re
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -615,6 +617,25 @@ def test_a_connection_that_tls_refused_is_written_down_and_all_else_passed_on(tm
     (line,) = log.read_text().splitlines()
     assert line.endswith("refused: a connection, by TLS: NO_CERTIFICATE: x")
     assert shown.read_text().startswith(f"a warning\n{failed}\n")
+
+
+def test_a_large_frame_that_has_crossed_is_not_held_in_a_circle() -> None:
+    from fedloom.engines.nvflare import LARGE, _freed
+
+    class Task:
+        def __init__(self, frame: bytes) -> None:
+            self.frame, self.own = frame, self
+
+    gc.disable()
+    try:
+        for size, held in ((LARGE, True), (LARGE + 1, False)):
+            frame = bytes(size)
+            crossed = weakref.ref(Task(frame))
+            _freed({"frame": frame})
+            assert (crossed() is not None) is held
+        _freed({"frame": 3})
+    finally:
+        gc.enable()
 
 
 def test_who_knocks_without_end_fills_no_log(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedloom import backbones
 from fedloom.adapters import IA3, Bottleneck, Everything, LoRA, Norms, Prompt
+from fedloom.assembly import alone, planned
 from fedloom.backbones import Adaptable, Batch, devices
 from fedloom.errors import BackboneError, RecipeError
 from fedloom.export.fingerprint import picture
@@ -97,6 +98,8 @@ def test_a_run_elsewhere_leaves_the_same_bits(row: str, recipe: Path, tmp_path: 
     assert same(here.shared, there.shared)
     assert all(same(here.private(site), there.private(site)) for site in here.sites)
     assert here.summary["views"] == there.summary["views"]
+    for name, made in (("cpu", here), (elsewhere, there)):
+        assert f", {name} of " in made.summary["lineage"]["plan"]
     assert Run(there.folder, device="cpu").evaluate() == there.evaluate() == here.evaluate()
 
 
@@ -132,6 +135,18 @@ def test_workers_are_of_the_cpu(recipe: Path, tmp_path: Path, elsewhere: str) ->
     asked = load(recipe, {"federation.workers": 2, "backbone.device": elsewhere})
     with pytest.raises(RecipeError, match=r"workers share a backbone on the CPU alone, and .* device is 'lazy'"):
         run(asked, tmp_path / "run")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_auto_stands_for_the_attention_whose_bits_are_the_same_each_time(recipe: Path, dtype: str) -> None:
+    asked = load(recipe, {"backbone.device": "cuda", "backbone.dtype": dtype})
+    assert planned(asked).backbone.attention == "eager"
+    assert planned(asked.altered({"backbone.attention": "sdpa"})).backbone.attention == "sdpa"
+
+
+def test_workers_mean_nothing_to_a_site_where_its_data_are(recipe: Path, elsewhere: str) -> None:
+    asked = planned(load(recipe, {"federation.workers": 2, "backbone.device": elsewhere}))
+    assert len(alone(asked, "oslo", asked.parts[""]).site) > 0
 
 
 def test_what_ran_on_the_cpu_keeps_its_id(recipe: Path) -> None:

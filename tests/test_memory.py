@@ -11,12 +11,13 @@ from PIL import Image
 
 from fedloom.tensors import generator
 
-# Two rounds, and what the process has held at most (its own, since it began: VmHWM), and what its sites keep.
+# Two rounds, and what the process has held at most, and what its sites keep.
 ROUNDS = """
 import sys
 from pathlib import Path
 from fedloom.assembly import assemble, planned
 from fedloom.federation import federate
+from fedloom.lineage import peak
 from fedloom.recipe import load
 
 recipe = planned(load(sys.argv[1], ["federation.rounds=2", f"data.source={sys.argv[2]}"]))
@@ -25,8 +26,7 @@ engine = federation.engine(recipe.method, Path(sys.argv[2]).with_suffix(""))
 shared = recipe.method.start(federation.model, federation.task, len(federation.participants), 0)
 for done in federate(recipe.method, engine, shared, federation.schedule):
     assert len(done.answers) == len(federation.participants)
-held = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-print(1024 * int(held.split()[1]), sum(own.store.size() for own in engine.participants.values()))
+print(peak(), sum(own.store.size() for own in engine.participants.values()))
 """
 
 # One round of ten sites of a batch of eight images each, on a CLIP of ViT-B/32's shape and random weights.
@@ -40,6 +40,7 @@ from fedloom.backbones import Adaptable
 from fedloom.backbones.clip import CLIP
 from fedloom.check.tiny import tiny_clip
 from fedloom.data import Dataset, Example, Pixels
+from fedloom.lineage import peak
 from fedloom.methods import FedAvg, FedDLP
 from fedloom.methods.feddlp import LAYERS
 from fedloom.site import Site
@@ -59,8 +60,7 @@ sites = [Site(f"{i}", model, task, data, data, Training(batch=8), 0) for i in ra
 method = {"fedavg": FedAvg(adapter), "feddlp": FedDLP(adapter)}[sys.argv[2]]
 shared = method.start(model, task, 10, 0)
 states = [method.local_round(0, site, shared, Private({})) for site in sites]
-held = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-print(1024 * int(held.split()[1]), sum(len(to_bytes(update.tensors)) + len(to_bytes(own)) for update, own in states))
+print(peak(), sum(len(to_bytes(update.tensors)) + len(to_bytes(own)) for update, own in states))
 """
 
 
@@ -79,7 +79,6 @@ def held(recipe: Path, sites: int) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
 def test_a_hundred_sites_share_one_backbone(tmp_path: Path) -> None:
     for i in range(4):
         noise = torch.randint(0, 256, (96, 96, 3), generator=generator("noise", i), dtype=torch.uint8)
@@ -95,7 +94,6 @@ def test_a_hundred_sites_share_one_backbone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
 def test_two_adapters_are_not_two_models(tmp_path: Path) -> None:
     memory = {}
     for which in ("fedavg", "feddlp"):

@@ -202,6 +202,16 @@ def test_a_live_line_says_who_answered_what_was_reached_and_what_is_left() -> No
     assert "held-out 50.0 %" in later
 
 
+def test_before_the_first_stage_a_terminal_shows_that_something_goes_on() -> None:
+    console, stream = terminal(80)
+    with watching(console) as watch:
+        watch.progress.refresh()  # type: ignore[attr-defined]
+        assert "working" in stream.getvalue()
+        before = len(stream.getvalue())
+        a_stage(watch)
+    assert "working" not in stream.getvalue()[before:]
+
+
 def test_replies_alone_end_no_round() -> None:
     console, stream = terminal()
     with watching(console) as watch:
