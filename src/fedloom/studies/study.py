@@ -102,15 +102,16 @@ def _tuples(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
 
 
-def verdict(figure: str, of: str, minus: str, difference: Mapping[str, Any]) -> str:
-    """What a paired difference says, and no more than that."""
+def verdict(figure: str, of: str, minus: str, difference: Mapping[str, Any], each: str = "seeds") -> str:
+    """What a paired difference says, and no more than that; `each` is what it was paired over."""
     mean, low, high, n = (difference[key] for key in ("mean", "low", "high", "n"))
     mean = 0.0 if abs(mean) < EXACT else mean
     if low is None:
-        return f"{figure}, {of} against {minus}: {mean:+.3g} at one seed, which says nothing of chance."
-    told = f"{mean:+.3g} [{low:.3g}, {high:.3g}], {n} seeds"
+        one = each.removesuffix("s")
+        return f"{figure}, {of} against {minus}: {mean:+.3g} at one {one}, which says nothing of chance."
+    told = f"{mean:+.3g} [{low:.3g}, {high:.3g}], {n} {each}"
     if high - low < EXACT:
-        return f"{figure}, {of} against {minus}: {f'{mean:+.3g}' if mean else 'the same'} at each of {n} seeds."
+        return f"{figure}, {of} against {minus}: {f'{mean:+.3g}' if mean else 'the same'} at each of {n} {each}."
     if low <= 0 <= high:
         return f"{figure}, {of} against {minus}: no difference beyond noise ({told})."
     return f"{figure}, {of} against {minus}: {'higher' if mean > 0 else 'lower'} ({told})."
