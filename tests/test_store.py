@@ -166,3 +166,41 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match="cannot be written"):
         Store(tmp_path / "file" / "site").after(0, state(0))
+
+
+def test_an_empty_state_is_not_written_again_but_named_again(tmp_path: Path) -> None:
+    store = Store(tmp_path, keep=2)
+    for round in range(4):
+        store.after(round, {})
+    assert store.rounds() == (2, 3)
+    assert len({path.stat().st_ino for path in tmp_path.iterdir()}) == 1
+    store.after(4, state(4))
+    store.after(5, state(4))  # one that holds something is a file of its own: damage to one leaves the other
+    assert store.rounds() == (4, 5)
+    assert len({path.stat().st_ino for path in tmp_path.iterdir()}) == 2
+
+
+def test_a_damaged_empty_state_is_not_named_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.after(0, {})
+    (old,) = tmp_path.iterdir()
+    old.write_bytes(b"")
+    assert store.rounds() == ()
+    store.after(1, {})
+    assert store.rounds() == (1,)
+    store.after(0, {})  # the round is run again
+    assert store.rounds() == (0,)
+
+
+def test_a_file_system_without_links_has_every_empty_state_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(source: Path, target: Path) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("os.link", link)
+    store = Store(tmp_path)
+    store.after(0, {})
+    store.after(1, {})
+    assert store.rounds() == (0, 1)
+    assert len({path.stat().st_ino for path in tmp_path.iterdir()}) == 2

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fedloom.tensors import Tensors, from_bytes, to_bytes
 
 log = logging.getLogger(__name__)
 
+STATE = re.compile(r"(\d+)-[0-9a-f]+\.safetensors")
 PERSONAL = "personal"  # what fine-tuning after the last round left; no round reads it
 
 
@@ -31,33 +33,35 @@ class Store:
 
         A round reads what the rounds before it left, so asking for a round twice is harmless, and a site may sit out.
         """
-        for path in sorted(self.folder.glob("[0-9]*.safetensors"), reverse=True):
-            number = int(path.name.partition("-")[0])
+        for number, path in reversed(self._states()):
             if number < round and (tensors := self._read(path)) is not None:
                 return number, tensors
         return -1, {}
 
     def rounds(self) -> tuple[int, ...]:
         """The rounds of which there is a state that can be read, the oldest first."""
-        paths = sorted(self.folder.glob("[0-9]*.safetensors"))
-        return tuple(int(path.name.partition("-")[0]) for path in paths if self._read(path) is not None)
+        return tuple(number for number, path in self._states() if self._read(path) is not None)
 
     def after(self, round: int, tensors: Tensors) -> None:
-        """Keep the state that a round left."""
-        path = self._write(f"{round:06d}", tensors)
-        for old in self.folder.glob(f"{round:06d}-*.safetensors"):
-            if old != path:
-                old.unlink(missing_ok=True)
-        self.trim(round)
+        """Keep the state that a round left; also an empty one, whose file says that the site took part."""
+        content = to_bytes(tensors)
+        path = self._path(f"{round:06d}", content)
+        if tensors or not self._again(path):
+            write(path, content)
+        self.trim(round, path)
 
-    def trim(self, round: int) -> None:
+    def trim(self, round: int, newest: Path | None = None) -> None:
         """Drop what `after` drops, as a kill may have kept it from doing: states of rounds after this one, of a run
-        that was set back, and of those up to it all but the newest `keep`."""
-        paths = sorted(self.folder.glob("[0-9]*.safetensors"))
+        that was set back, and of those up to it all but the newest `keep`.
+
+        newest: of several states of this round, the one that is kept
+        """
+        states = self._states()
         # Counted in files: a site that sat out for long still finds what it had, when a round is asked again.
-        kept = [path for path in paths if int(path.name.partition("-")[0]) <= round][-self.keep :]
-        for old in {*paths} - {*kept}:
-            old.unlink(missing_ok=True)
+        kept = [path for number, path in states if number < round or (number == round and newest in (None, path))]
+        for _, path in states:
+            if path not in kept[-self.keep :]:
+                path.unlink(missing_ok=True)
 
     def personal(self) -> Tensors | None:
         """What `personalised` kept; None where nothing was."""
@@ -68,7 +72,8 @@ class Store:
 
     def personalised(self, tensors: Tensors) -> None:
         """Keep what fine-tuning after the last round left."""
-        path = self._write(PERSONAL, tensors)
+        content = to_bytes(tensors)
+        write(path := self._path(PERSONAL, content), content)
         for old in self.folder.glob(f"{PERSONAL}-*.safetensors"):
             if old != path:
                 old.unlink(missing_ok=True)
@@ -76,6 +81,23 @@ class Store:
     def size(self) -> int:
         """Bytes on disk."""
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+
+    def _states(self) -> list[tuple[int, Path]]:
+        """Round and file of each state, the oldest first."""
+        try:
+            named = [(STATE.fullmatch(path.name), path) for path in self.folder.iterdir()]
+        except FileNotFoundError:
+            return []
+        return sorted((int(said[1]), path) for said, path in named if said)
+
+    def _again(self, path: Path) -> bool:
+        """Whether an empty state got a second name of the file of the one before: nothing has to reach the disk."""
+        for _, before in reversed(self._states()):
+            if before != path and before.name.endswith(path.name.partition("-")[2]) and self._read(before) is not None:
+                with contextlib.suppress(OSError):  # of a file system without links; or it is there, and written anew
+                    os.link(before, path)
+                    return True
+        return False
 
     def _read(self, path: Path) -> Tensors | None:
         try:
@@ -87,11 +109,8 @@ class Store:
             return None
         return from_bytes(content)
 
-    def _write(self, name: str, tensors: Tensors) -> Path:
-        content = to_bytes(tensors)
-        path = self.folder / f"{name}-{_digest(content)}.safetensors"
-        write(path, content)
-        return path
+    def _path(self, name: str, content: bytes) -> Path:
+        return self.folder / f"{name}-{_digest(content)}.safetensors"
 
 
 def write(path: Path, content: bytes) -> None:
