@@ -200,6 +200,8 @@ class Matching:
                 plan = sinkhorn(cost, even, even)
             case "random":
                 plan = shuffled(len(a), *key)
+        if isinstance(plan, Order) and torch.equal(plan.index, torch.arange(len(a))):
+            return plan, 0.0  # all stay, whatever it were worth
         gained = gain(cost, plan)
         worth = split_gain(a, b, self.distance, first) if self.accept == "split-half" else gained
         if self.accept == "always" or worth > self.least:

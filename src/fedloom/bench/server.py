@@ -25,6 +25,7 @@ SITES = 4
 STEPS = 8  # of a site in a round: 64 examples
 SHARE = 0.01
 WIDTHS = (64, 192)
+STARTS = ("from one start", "from starts of their own")  # where units stay, and where they are moved
 FEW, MANY = 10, 100
 
 
@@ -32,21 +33,20 @@ def server(size: Size, repeats: int) -> Iterator[Line]:
     """Goal 8: matching and averaging, against the training of a round and against NumPy; memory against sites."""
     model = vilt(size, dtypes()[-1])
     given = batch(BATCH, VILT_SIDE, texts=True)
-    steps: dict[str, Callable[[], object]] = {"step": vilt_own(model, given)}
-    for width in WIDTHS:
-        steps[str(width)] = _fedpia(width, model)
-    took = interleaved(steps, max(2, repeats // 2))
-    for width in WIDTHS:
+    step = vilt_own(model, given)
+    cases = {f"{width} hidden units {where}": _fedpia(width, model, where) for width in WIDTHS for where in STARTS}
+    took = interleaved({"step": step, **cases}, max(2, repeats // 2))
+    for case in cases:
         yield Line(
             "server",
-            f"FedPIA's server a site, {width} hidden units, {VILT_NAMES[size]}",
-            1e3 * took[str(width)].minimum / SITES,
+            f"FedPIA's server a site, {case}, {VILT_NAMES[size]}",
+            1e3 * took[case].minimum / SITES,
             "ms",
             f"a site's round of {STEPS} steps, {dtypes()[-1]}, batch {BATCH}",
             STEPS * 1e3 * took["step"].minimum,
             SHARE,
             at_most=True,
-            own_median=1e3 * took[str(width)].median / SITES,
+            own_median=1e3 * took[case].median / SITES,
             peer_median=STEPS * 1e3 * took["step"].median,
         )
     shared = clip(size).init(LoRA(), 0)
@@ -106,11 +106,12 @@ def reduced(updates: list[dict[str, Tensor]]) -> dict[str, Any]:
     return {name: sum(array[name] * 1.0 for array in arrays) / total for name in arrays[0]}
 
 
-def _fedpia(width: int, model: Adaptable) -> Callable[[], object]:
+def _fedpia(width: int, model: Adaptable, starts: str) -> Callable[[], object]:
     method = FedPIA(Bottleneck(width=width))
     shared = method.start(model, None, SITES, 0)
-    sent = without("given", visible(shared))
-    answers = [Answer(f"{i}", Update(Shared(_moved(sent, i)), 1.0, 1)) for i in range(SITES)]
+    seeds = [0 if starts == STARTS[0] else 1 + i for i in range(SITES)]
+    sent = [without("given", visible(method.start(model, None, SITES, seed))) for seed in seeds]
+    answers = [Answer(f"{i}", Update(Shared(_moved(own, i)), 1.0, 1)) for i, own in enumerate(sent)]
     return lambda: method.aggregate(shared, answers)
 
 
