@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fedloom.bench.attention import attention
+from fedloom.bench.compiled import compiled
 from fedloom.bench.feddlp import feddlp_step
 from fedloom.bench.grouped import grouped
 from fedloom.bench.lines import Line, Measured, table
@@ -37,6 +38,7 @@ WORKLOADS: Mapping[str, Workload] = {
     "grouped": grouped,
     "prefix": prefix,
     "vilt-step": vilt_step,
+    "compiled": compiled,
     "memory": memory,
     "null-round": null_round,
     "server": server,

@@ -1,0 +1,42 @@
+"""A training step whose blocks torch has compiled, and how long that takes: why fedloom compiles nothing."""
+
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fedloom.bench.lines import Line
+from fedloom.bench.lora import BATCH, CLASSES, dtypes, own
+from fedloom.bench.measuring import interleaved, milliseconds
+from fedloom.bench.shapes import NAMES, Size, batch, clip, prompts
+from fedloom.errors import RunError
+
+
+def compiled(size: Size, repeats: int) -> Iterator[Line]:
+    """Each block of the image tower through torch.compile, for one form of batch; adapters are part of the graph."""
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor import config
+
+    given = batch(BATCH, candidates=prompts(CLASSES))
+    for dtype in dtypes():
+        model = clip(size, dtype)
+        network: Any = model.network
+        for block in network.module.vision_model.encoder.layers:
+            block.forward = torch.compile(block.forward, dynamic=False)
+        steps = {"compiled": own(model, given), "plain": own(clip(size, dtype), given)}
+        began = time.perf_counter()
+        try:
+            # As on a machine that has compiled nothing yet, of which torch warns.
+            with config.patch(force_disable_caches=True), warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                steps["compiled"]()
+        except BackendCompilerFailed as e:
+            reason = str(e).strip().splitlines()[0]
+            raise RunError(f"torch.compile failed ({reason}); it needs a C++ compiler: install g++.") from None
+        took = time.perf_counter() - began
+        step = f"LoRA step, {NAMES[size]}, {dtype}, blocks compiled, batch {BATCH}"
+        turns = interleaved(steps, repeats)
+        yield Line("compiled", step, against="not compiled", **milliseconds(turns["compiled"], turns["plain"]))
+        yield Line("compiled", f"{step}: compiling, on the clock", took, "s")
