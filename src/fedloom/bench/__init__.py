@@ -12,7 +12,6 @@ import torch
 from fedloom.bench.attention import attention
 from fedloom.bench.compiled import compiled
 from fedloom.bench.feddlp import feddlp_step
-from fedloom.bench.grouped import grouped
 from fedloom.bench.lines import Line, Measured, table
 from fedloom.bench.lora import lora_step, many_classes, prefix
 from fedloom.bench.measuring import lineage
@@ -20,6 +19,7 @@ from fedloom.bench.memory import memory
 from fedloom.bench.null_round import null_round
 from fedloom.bench.server import frames, server
 from fedloom.bench.shapes import Size
+from fedloom.bench.sites import grouped, workers
 from fedloom.bench.vilt import vilt_step
 from fedloom.errors import RunError
 from fedloom.events import Note, Watch
@@ -36,6 +36,7 @@ WORKLOADS: Mapping[str, Workload] = {
     "clip-classes": many_classes,
     "feddlp-step": feddlp_step,
     "grouped": grouped,
+    "workers": workers,
     "prefix": prefix,
     "vilt-step": vilt_step,
     "compiled": compiled,

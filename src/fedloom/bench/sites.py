@@ -1,6 +1,7 @@
-"""Clients of a few examples: several in one forward pass, against one after the other."""
+"""Several sites at once, against one after the other: in one forward pass, or in worker processes."""
 
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from fedloom.adapters import LoRA
 from fedloom.backbones import Adaptable
 from fedloom.bench.lines import Line
-from fedloom.bench.lora import CLASSES, Step, dtypes
+from fedloom.bench.lora import BATCH, CLASSES, Step, dtypes
 from fedloom.bench.measuring import interleaved, milliseconds
 from fedloom.bench.shapes import NAMES, SIDE, Size, clip
 from fedloom.data import Dataset, Example, Pixels
@@ -25,6 +26,8 @@ SITES = 8
 EPOCHS = 2  # steps of a client of one example
 EXAMPLES: Mapping[Size, tuple[int, ...]] = {"small": (1, 4), "base": (1,)}  # of a client
 GOALS = {"float32": 2.0, "bfloat16": 2.5}
+WORKERS = 2
+MANY = 32  # examples of a client whose training is worth a process
 
 
 def grouped(size: Size, repeats: int) -> Iterator[Line]:
@@ -35,7 +38,7 @@ def grouped(size: Size, repeats: int) -> Iterator[Line]:
             made = clip(size, dtype)
             for n in EXAMPLES[size]:
                 for group in (1, SITES):
-                    steps[f"{dtype} {n} {group}"] = _round(made, n, group, Path(folder))
+                    steps[f"{dtype} {n} {group}"] = _round(made, n, Path(folder), group=group)
         took = interleaved(steps, repeats)
     for dtype in dtypes():
         for n in EXAMPLES[size]:
@@ -48,7 +51,22 @@ def grouped(size: Size, repeats: int) -> Iterator[Line]:
             )
 
 
-def _round(made: Adaptable, n: int, group: int, folder: Path) -> Step:
+def workers(size: Size, repeats: int) -> Iterator[Line]:
+    """What two processes win on the clock, on a machine of two cores that does nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in dtypes():
+            made = clip(size, dtype)
+            steps = {n: _round(made, MANY, Path(folder), workers=n) for n in (1, WORKERS)}
+            took = interleaved(steps, repeats, time.perf_counter)
+            yield Line(
+                "workers",
+                f"{SITES} clients of {MANY} in {WORKERS} processes, {NAMES[size]}, {dtype}, on the clock",
+                against="in one",
+                **milliseconds(took[WORKERS], took[1]),
+            )
+
+
+def _round(made: Adaptable, n: int, folder: Path, group: int = 1, workers: int = 1) -> Step:
     task = Classification(tuple(str(i) for i in range(CLASSES)))
     pixels = Pixels(folder, made.network.decode)
     names = [f"{i}.png" for i in range(SITES * n)]
@@ -58,8 +76,8 @@ def _round(made: Adaptable, n: int, group: int, folder: Path) -> Step:
     sites = {}
     for i in range(SITES):
         data = Dataset(tuple(Example(str(j % CLASSES), names[i * n + j]) for j in range(n)), pixels)
-        site = Site(f"{i}", made, task, data, Dataset(()), Training(batch=n, epochs=EPOCHS), 0)
-        sites[site.name] = Participant(site, Store(folder / f"{group}-{i}"), Dataset(()))
+        site = Site(f"{i}", made, task, data, Dataset(()), Training(batch=min(n, BATCH), epochs=EPOCHS), 0)
+        sites[site.name] = Participant(site, Store(folder / f"{group}-{workers}-{i}"), Dataset(()))
     method = FedAvg(LoRA())
-    engine, shared = LocalEngine(method, sites, group=group), method.start(made, task, SITES, 0)
+    engine, shared = LocalEngine(method, sites, group=group, workers=workers), method.start(made, task, SITES, 0)
     return lambda: list(engine.round(0, shared, list(sites)))
