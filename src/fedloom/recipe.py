@@ -61,6 +61,7 @@ ROWS: Mapping[str, Table] = {  # of every comparison: baselines that are configu
     },
     "fedavg-norms": {"method": {"name": "fedavg", "adapter": {"kind": "norms"}}},
     "fedavg-prompt": {"method": {"name": "fedavg", "adapter": {"kind": "prompt"}}},
+    "fedavg-untuned": {"method": {"name": "fedavg"}, "training": {"finetune": 0}},
     "fedavgm": {"method": {"name": "fedopt", "server": "momentum", "eta": 1.0}},
     "fedclip": {"method": {"name": "fedavg", "adapter": {"kind": "attention"}}},
     "feddlp": {"method": {"name": "feddlp", "adapter": {"kind": "lora"}}},
