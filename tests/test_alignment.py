@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from fedloom.alignment import Matching, Side
 from fedloom.errors import AdapterError
 from fedloom.places import Place
 from fedloom.tensors import generator
-from fedloom.transport import Coupling, Order, carried, told, units, width
+from fedloom.transport import Coupling, Order, carried, identity, told, units, width
 from fedloom.transport import shuffled as at_random
 
 PLACE = Place("0.block", "block", 20, 20, 1)
@@ -301,6 +302,29 @@ def test_units_that_only_drifted_stay_where_they_are() -> None:
             assert (gained == 0) is torch.equal(found.units(), torch.arange(16))
     assert moved["always"] == moved["gain"] > 10
     assert moved["split-half"] < 5
+
+
+def test_a_match_under_which_all_stay_is_what_it_would_be_were_its_worth_asked() -> None:
+    a = torch.randn(12, 40, generator=generator("a"), dtype=torch.float64)
+    b = a + 0.1 * torch.randn(12, 40, generator=generator("b"), dtype=torch.float64)
+    even = partial(torch.full, (12,), 1 / 12, dtype=torch.float64)
+    cost = alignment.squared(a, b)
+    assert torch.equal(alignment.assigned(cost).units(), torch.arange(12))
+    worth = {
+        "always": math.inf,
+        "gain": alignment.gain(cost, alignment.assigned(cost)),
+        "split-half": alignment.split_gain(a, b, alignment.squared, halves(40)),
+    }
+    for accept, least in product(worth, (-1.0, 0.0, 0.5)):
+        plain = alignment.assigned(cost) if worth[accept] > least else identity(12)
+        found, gained = Matching(alignment.squared, accept=accept, least=least)(  # type: ignore[arg-type]
+            Side(a, even), Side(b, even), halves(40)
+        )
+        assert torch.equal(found.units(), plain.units())
+        assert gained == alignment.gain(cost, plain)
+    for accept, kept in (("always", Coupling), ("gain", Order)):  # a plan that moves parts of units is none that stays
+        soft, _ = Matching(alignment.squared, "sinkhorn", accept)(Side(a, even), Side(b, even), halves(40))  # type: ignore[arg-type]
+        assert isinstance(soft, kept)
 
 
 def test_a_threshold_on_the_gain() -> None:
