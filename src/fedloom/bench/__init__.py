@@ -21,6 +21,7 @@ from fedloom.bench.server import frames, server
 from fedloom.bench.shapes import Size
 from fedloom.bench.sites import grouped, workers
 from fedloom.bench.vilt import vilt_step
+from fedloom.bench.wire import wire
 from fedloom.errors import RunError
 from fedloom.events import Note, Watch
 from fedloom.tables import guess
@@ -44,6 +45,7 @@ WORKLOADS: Mapping[str, Workload] = {
     "null-round": null_round,
     "server": server,
     "frames": frames,
+    "wire": wire,
 }
 
 

@@ -17,7 +17,7 @@ class Line:
     workload: str
     what: str  # with model, dtype and batch
     own: float
-    unit: Literal["ms", "MB", "s"]
+    unit: Literal["ms", "MB", "s", ""]
     against: str = ""
     peer: float | None = None
     goal: float | None = None
@@ -52,8 +52,8 @@ class Line:
         return [
             self.what,
             self.against or "-",
-            f"{self.own:.3g} {self.unit}",
-            "" if self.peer is None else f"{self.peer:.3g} {self.unit}",
+            f"{self.own:.3g} {self.unit}".rstrip(),
+            "" if self.peer is None else f"{self.peer:.3g} {self.unit}".rstrip(),
             f"{self.ratio:.3g}",
             goal,
             "" if self.attainable is None else f"{self.attainable:.3g}",

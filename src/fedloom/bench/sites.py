@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -67,17 +68,22 @@ def workers(size: Size, repeats: int) -> Iterator[Line]:
 
 
 def _round(made: Adaptable, n: int, folder: Path, group: int = 1, workers: int = 1) -> Step:
+    engine = replace(of_noise(made, SITES, n, folder / f"{group}-{workers}"), group=group, workers=workers)
+    shared = engine.method.start(made, None, SITES, 0)
+    return lambda: list(engine.round(0, shared, list(engine.participants)))
+
+
+def of_noise(made: Adaptable, sites: int, n: int, folder: Path) -> LocalEngine:
+    """FedAvg of a LoRA at sites with n images of noise each, which are decoded already, as after a first round."""
     task = Classification(tuple(str(i) for i in range(CLASSES)))
     pixels = Pixels(folder, made.network.decode)
-    names = [f"{i}.png" for i in range(SITES * n)]
-    for name in names:  # decoded already, as after a first round
+    names = [f"{i}.png" for i in range(sites * n)]
+    for name in names:
         noise = torch.randint(0, 256, (3, SIDE, SIDE), generator=generator(name), dtype=torch.uint8)
         pixels._decoded[name] = noise
-    sites = {}
-    for i in range(SITES):
+    training, own = Training(batch=min(n, BATCH), epochs=EPOCHS), {}
+    for i in range(sites):
         data = Dataset(tuple(Example(str(j % CLASSES), names[i * n + j]) for j in range(n)), pixels)
-        site = Site(f"{i}", made, task, data, Dataset(()), Training(batch=min(n, BATCH), epochs=EPOCHS), 0)
-        sites[site.name] = Participant(site, Store(folder / f"{group}-{workers}-{i}"), Dataset(()))
-    method = FedAvg(LoRA())
-    engine, shared = LocalEngine(method, sites, group=group, workers=workers), method.start(made, task, SITES, 0)
-    return lambda: list(engine.round(0, shared, list(sites)))
+        site = Site(f"{i}", made, task, data, Dataset(()), training, 0)
+        own[site.name] = Participant(site, Store(folder / site.name), Dataset(()))
+    return LocalEngine(FedAvg(LoRA()), own)
