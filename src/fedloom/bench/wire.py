@@ -30,23 +30,23 @@ BYTES, LOGITS = 0.26, 1e-2
 def wire(size: Size, repeats: int) -> Iterator[Line]:
     """Goal 9, on images of noise; what it costs on real ones is in the study of that name. It has no repetitions."""
     made, given = clip(size), batch(BATCH, candidates=prompts(CLASSES))
-    (plain, exact), (packed, rounded) = (ended(made, over, given) for over in (Wire(), INT8))
+    (plain, exact), (packed, rounded) = (ended(made, wire, given) for wire in (Wire(), INT8))
     _, elsewhere = ended(made, Wire(), given, MOVED)
-    what = f"int8 deltas with zstd, LoRA of {NAMES[size]}"
+    over, control = "int8 deltas with zstd", f"no wire, from a start moved by {MOVED:g}"
     sent = {"own": packed / 1e6, "unit": "MB", "against": "float32", "peer": plain / 1e6}
-    yield Line("wire", f"{what}: a site's frame", **sent, goal=BYTES, at_most=True)  # type: ignore[arg-type]
-    for where, logits, goal in (("", rounded, LOGITS), (", no wire, from a start moved by 1e-6", elsewhere, None)):
+    yield Line("wire", f"a site's frame, LoRA of {NAMES[size]}, {over}", **sent, goal=BYTES, at_most=True)  # type: ignore[arg-type]
+    for how, logits, goal in ((over, rounded, LOGITS), (control, elsewhere, None)):
         for rounds, one, other in zip(("one round", f"{ROUNDS} rounds"), exact, logits, strict=True):
             apart, norm = float((other - one).norm()), float(one.norm())
-            told = f"{what}: logits' distance after {rounds}{where}"
+            told = f"logits' distance after {rounds}, {NAMES[size]}, {how}"
             yield Line("wire", told, apart, "", "their norm without a wire", norm, goal, at_most=True)
 
 
-def ended(made: Adaptable, over: Wire, given: Batch, moved: float = 0.0) -> tuple[float, list[Tensor]]:
+def ended(made: Adaptable, wire: Wire, given: Batch, moved: float = 0.0) -> tuple[float, list[Tensor]]:
     """Bytes of a site's frame, and the global model's logits after the first round and the last."""
     sent, logits = 0.0, []
     with tempfile.TemporaryDirectory() as folder:
-        engine = replace(of_noise(made, SITES, EXAMPLES, Path(folder)), wire=over)
+        engine = replace(of_noise(made, SITES, EXAMPLES, Path(folder)), wire=wire)
         start = Shared({name: t * (1 + moved) for name, t in engine.method.start(made, None, SITES, 0).items()})
         for done in federate(engine.method, engine, start, Schedule(tuple(engine.participants), ROUNDS)):
             sent += sum(answer.bytes_up for answer in done.answers.values()) / (SITES * ROUNDS)
