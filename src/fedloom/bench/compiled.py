@@ -16,6 +16,7 @@ from fedloom.errors import RunError
 
 def compiled(size: Size, repeats: int) -> Iterator[Line]:
     """Each block of the image tower through torch.compile, for one form of batch; adapters are part of the graph."""
+    from torch._dynamo import config as dynamo
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._inductor import config
 
@@ -28,8 +29,9 @@ def compiled(size: Size, repeats: int) -> Iterator[Line]:
         steps = {"compiled": own(model, given), "plain": own(clip(size, dtype), given)}
         began = time.perf_counter()
         try:
-            # As on a machine that has compiled nothing yet, of which torch warns.
-            with config.patch(force_disable_caches=True), warnings.catch_warnings():
+            # Every block, and as on a machine that has compiled nothing yet, of which torch warns.
+            every, anew = dynamo.patch(recompile_limit=model.network.blocks), config.patch(force_disable_caches=True)
+            with every, anew, warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
                 steps["compiled"]()
         except BackendCompilerFailed as e:
