@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fedloom.bench.attention import attention
+from fedloom.bench.client import client
 from fedloom.bench.compiled import compiled
 from fedloom.bench.feddlp import feddlp_step
 from fedloom.bench.lines import Line, Measured, table
@@ -44,6 +45,7 @@ WORKLOADS: Mapping[str, Workload] = {
     "memory": memory,
     "null-round": null_round,
     "server": server,
+    "client": client,
     "frames": frames,
     "wire": wire,
 }
