@@ -56,7 +56,7 @@ def open_dicom(path: Path, limit: int) -> Image.Image:
         raise ImageError(f"image {path} is no DICOM file") from None
     except (AttributeError, EOFError, KeyError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__  # an EOFError has no words of its own
-        raise ImageError(f"image {path} cannot be decoded: {reason}") from None
+        raise ImageError(f"image {path} cannot be decoded: {reason}") from error
 
 
 def _looked_up(grey: NDArray[Any], table: Any) -> NDArray[Any]:

@@ -1,21 +1,18 @@
 """What FedPIA's matching at a site adds to the site's local epoch."""
 
 from collections.abc import Iterator
-from pathlib import Path
-
-import torch
 
 from fedloom.adapters import Bottleneck
 from fedloom.bench.lines import Line
 from fedloom.bench.lora import BATCH, dtypes
 from fedloom.bench.measuring import interleaved
-from fedloom.bench.shapes import QUESTION, VILT_NAMES, VILT_SIDE, Size, batch, vilt
+from fedloom.bench.shapes import QUESTION, VILT_NAMES, VILT_SIDE, Size, batch, noise, vilt
 from fedloom.bench.vilt import own as vilt_own
-from fedloom.data import Dataset, Example, Pixels
+from fedloom.data import Dataset, Example
 from fedloom.methods import FedPIA
 from fedloom.site import Site
 from fedloom.tasks import Classification
-from fedloom.tensors import generator, of_model
+from fedloom.tensors import of_model
 from fedloom.training import Training
 
 EPOCHS = (128, 512)  # questions of a local epoch
@@ -25,11 +22,8 @@ SHARE = 0.03
 def client(size: Size, repeats: int) -> Iterator[Line]:
     """The probe goes through the model once, without a gradient; training goes on as without it."""
     model, method = vilt(size, dtypes()[-1]), FedPIA(Bottleneck())
-    pixels = Pixels(Path(), model.network.decode)
     names = [f"{i}.png" for i in range(method.probe)]
-    for name in names:  # decoded already, as after a first round
-        noise = torch.randint(0, 256, (3, VILT_SIDE, VILT_SIDE), generator=generator(name), dtype=torch.uint8)
-        pixels._decoded[name] = noise
+    pixels = noise(model.network, names, VILT_SIDE)
     data = Dataset(tuple(Example("a", name, QUESTION) for name in names), pixels)
     site = Site("a", model, Classification(("a", "b")), data, Dataset(()), Training(batch=BATCH), 0)
     shared, own = (of_model(method.start(model, None, 1, seed)) for seed in (0, 1))

@@ -1,6 +1,7 @@
 """The models that a benchmark runs: shapes of published ones, weights drawn at random, no file but a tokenizer."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -11,7 +12,9 @@ from fedloom.assembly import ATTENTION, KERNELS
 from fedloom.backbones import Adaptable, Attention, Batch
 from fedloom.backbones.adaptable import Kernels
 from fedloom.backbones.clip import CLIP
+from fedloom.backbones.network import Network
 from fedloom.backbones.vilt import ViLT
+from fedloom.data import Pixels
 from fedloom.tensors import generator
 
 Size = Literal["small", "base"]
@@ -67,6 +70,14 @@ def vilt(size: Size, dtype: str = "float32") -> Adaptable:
     model = Adaptable(ViLT(vilt_module(size).to(getattr(torch, dtype)), (ViltImageProcessorPil(), tokenizer)))
     model.use(cast(Kernels, KERNELS[dtype]))
     return model
+
+
+def noise(network: Network, names: Sequence[str], side: int) -> Pixels:
+    """Images of noise by name, decoded already, as after a first round."""
+    pixels = Pixels(Path(), network.decode)
+    for name in names:
+        pixels._decoded[name] = torch.randint(0, 256, (3, side, side), generator=generator(name), dtype=torch.uint8)
+    return pixels
 
 
 def batch(n: int, side: int = SIDE, candidates: Sequence[str] | None = None, texts: bool = False) -> Batch:

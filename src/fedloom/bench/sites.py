@@ -6,21 +6,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from fedloom.adapters import LoRA
 from fedloom.backbones import Adaptable
 from fedloom.bench.lines import Line
 from fedloom.bench.lora import BATCH, CLASSES, Step, dtypes
 from fedloom.bench.measuring import interleaved, milliseconds
-from fedloom.bench.shapes import NAMES, SIDE, Size, clip
-from fedloom.data import Dataset, Example, Pixels
+from fedloom.bench.shapes import NAMES, SIDE, Size, clip, noise
+from fedloom.data import Dataset, Example
 from fedloom.engines.local import LocalEngine, Participant
 from fedloom.methods import FedAvg
 from fedloom.site import Site
 from fedloom.store import Store
 from fedloom.tasks import Classification
-from fedloom.tensors import generator
 from fedloom.training import Training
 
 SITES = 8
@@ -74,13 +71,10 @@ def _round(made: Adaptable, n: int, folder: Path, group: int = 1, workers: int =
 
 
 def of_noise(made: Adaptable, sites: int, n: int, folder: Path) -> LocalEngine:
-    """FedAvg of a LoRA at sites with n images of noise each, which are decoded already, as after a first round."""
+    """FedAvg of a LoRA at sites with n images of noise each."""
     task = Classification(tuple(str(i) for i in range(CLASSES)))
-    pixels = Pixels(folder, made.network.decode)
     names = [f"{i}.png" for i in range(sites * n)]
-    for name in names:
-        noise = torch.randint(0, 256, (3, SIDE, SIDE), generator=generator(name), dtype=torch.uint8)
-        pixels._decoded[name] = noise
+    pixels = noise(made.network, names, SIDE)
     training, own = Training(batch=min(n, BATCH), epochs=EPOCHS), {}
     for i in range(sites):
         data = Dataset(tuple(Example(str(j % CLASSES), names[i * n + j]) for j in range(n)), pixels)
