@@ -56,7 +56,8 @@ task = Classification(("cat", "dog", "bird"))
 Image.new("RGB", (224, 224)).save(folder / "black.png")
 pixels = Pixels(folder, model.network.decode)
 data = Dataset(tuple(Example(label, "black.png") for label in 2 * (*task.labels, "cat")), pixels)
-sites = [Site(f"{i}", model, task, data, data, Training(batch=8), 0) for i in range(10)]
+held_out = Dataset(data.examples[:1], pixels)  # a pass without gradients holds less than a step
+sites = [Site(f"{i}", model, task, data, held_out, Training(batch=8), 0) for i in range(10)]
 method = {"fedavg": FedAvg(adapter), "feddlp": FedDLP(adapter)}[sys.argv[2]]
 shared = method.start(model, task, 10, 0)
 states = [method.local_round(0, site, shared, Private({})) for site in sites]
