@@ -4,13 +4,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/quickstart
+SUITE := runs/suite
+SEEDS := 0-4
+SETTINGS := # of benchmarks/suite.toml; all where none is named
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test format lint types layers tests fast docs clean
+.PHONY: help demo benchmark test format lint types layers tests fast docs clean
 
 help:
 	@echo "make demo    fine-tune a small CLIP across ten sites (in $(RUN)) and show what each gained"
+	@echo "make benchmark  the suite of comparisons (in $(SUITE)), which takes days and goes on where it stopped"
 	@echo "make test    format, lint, types, layers and tests"
 	@echo "make fast    the tests of under a minute"
 	@echo "make docs    the documentation, in site/; a broken link is an error"
@@ -19,6 +23,9 @@ help:
 # An interrupted demo goes on where it stopped; a finished one shows its result again.
 demo: $(VENV)/.installed
 	$(BIN)/fedloom run quickstart --out $(RUN) $(if $(wildcard $(RUN)),--resume)
+
+benchmark: $(VENV)/.installed
+	$(BIN)/fedloom suite $(SETTINGS) --seeds $(SEEDS) --out $(SUITE) --workers 2 --set backbone.dtype=bfloat16 --set federation.evaluate_every=0
 
 test: format lint types layers tests
 

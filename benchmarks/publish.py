@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import subprocess
+import tomllib
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def main() -> None:
     if (compared := arguments.run / "comparison.json").is_file():
         result |= json.loads(compared.read_text())
         result["differences"] = told(result)
+        result["plan"] = plan(arguments.run)
         written = compared_page(arguments.name, result)
     else:
         run = Run(arguments.run)
@@ -62,6 +64,12 @@ def lineage() -> dict[str, str]:
     return {"commit": commit.stdout.strip(), "machine": machine, "protocol": protocol}
 
 
+def plan(folder: Path) -> dict[str, str]:
+    """The numerical plan of a comparison's cells: other kernels, other bits."""
+    recipe = tomllib.loads(next(folder.glob("cells/*/recipe.toml")).read_text())
+    return {key: recipe["backbone"][key] for key in ("dtype", "attention", "kernels")}
+
+
 def page(name: str, result: dict[str, Any]) -> str:
     """The page of docs/results."""
     summary = result["summary"]
@@ -76,10 +84,11 @@ def page(name: str, result: dict[str, Any]) -> str:
 def compared_page(name: str, result: dict[str, Any]) -> str:
     """The page of a comparison."""
     comparison = Comparison(result["rows"], result["differences"], result["seeds"])
+    kernels = ", ".join(f"{key} {value}" for key, value in result["plan"].items())
     return (
         f"# {name}\n\n"
         f"`{result['command']}`, commit {result['commit'][:10]}, protocol {result['protocol'][:10]}, "
-        f"{result['machine']}. Made from `benchmarks/results/{name}.json` by `benchmarks/publish.py`.\n\n"
+        f"{result['machine']}; {kernels}. Made from `benchmarks/results/{name}.json` by `benchmarks/publish.py`.\n\n"
         f"```text\n{comparison_table(comparison)}\n```\n{tuned(result.get('tuning'))}"
     )
 
@@ -104,7 +113,19 @@ def tuned(tuning: dict[str, Any] | None) -> str:
             f"{marks[key]}{100 * x:.1f}{marks[key]}" if (x := tried[key]) is not None else "failed" for key in said
         )
         lines.append(f"| {row} | {' | '.join(cells)} |")
+    lines += [f"\nAt the edge of its grid, where more might be gained: {', '.join(edge(tuning))}."]
     return "\n".join(lines) + "\n"
+
+
+def edge(tuning: dict[str, Any]) -> list[str]:
+    """The rows that chose the first or the last of some key's values, though it mattered which."""
+    ends = {key: (values[0], values[-1]) for key, values in tuning["grid"].items() if len(values) > 1}
+    return [
+        row
+        for row, own in tuning["rows"].items()
+        if len({tried.get("held_out") for tried in own["tried"]}) > 1
+        and any((own["choice"] or {}).get(key) in values for key, values in ends.items())
+    ]
 
 
 def index() -> str:

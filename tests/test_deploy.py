@@ -276,6 +276,7 @@ def test_no_message_stops_a_site(here: Here) -> None:
         ({"training.finetune": 21}, {}, "finetune = 21"),
         ({}, {"sites": 4}, "3 sites take part"),
         ({"sites.oslo.initial": "/etc/passwd"}, {}, "no site opens"),
+        ({"method": {"name": "feddlp", "share": "both"}}, {}, "'local'.* policy allows \\[\\]"),
     ],
 )
 def test_a_site_refuses_what_its_policy_does_not_allow(
@@ -284,6 +285,22 @@ def test_a_site_refuses_what_its_policy_does_not_allow(
     config = load_site(site_file("oslo", **rules))
     with pytest.raises(PolicyError, match=reason):
         allowed(config, load(recipe, {**LABELS, **change}).dump(), 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "sends"),
+    [
+        ({"name": "feddlp", "share": "both"}, ["local"]),
+        ({"name": "feddlp"}, []),
+        ({"name": "fedpia"}, []),  # an adapter of each site's own is what it federates: its name allows that
+    ],
+)
+def test_a_site_says_whether_an_option_may_send_its_own_adapter(
+    recipe: Path, site_file: Callable[..., Path], method: dict[str, Any], sends: list[str]
+) -> None:
+    asked = load(recipe, {**LABELS, "method": method})
+    own, _ = allowed(load_site(site_file("oslo", sends=sends)), asked.dump(), 3)
+    assert own.method == asked.method
 
 
 def test_a_method_that_is_not_allowed_is_not_even_imported(

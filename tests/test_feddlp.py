@@ -30,7 +30,7 @@ from fedloom.recipe import load
 from fedloom.site import Answer, Site, Update
 from fedloom.store import Store
 from fedloom.tasks import Classification, Detection
-from fedloom.tensors import Private, Shared, Tensors, at, by_place, generator, to_bytes, under, without
+from fedloom.tensors import Private, Shared, Tensors, at, by_place, generator, same, to_bytes, under, without
 from fedloom.training import State, Training, descend, leaves
 
 Make = Callable[..., Site]
@@ -508,6 +508,18 @@ def test_an_absent_site_keeps_its_state_and_comes_back_to_its_moments(site: Make
         steps = {float(t) for name, t in private[one.name].items() if name.startswith("opt/") and "/t/" in name}
         assert steps == ({3.0 * len(answered)} if answered else set())  # three batches a round
     assert {len(ended.answers) for ended in done} == {2}
+
+
+def test_a_round_leaves_the_private_tensors_of_an_absent_site_as_they_were(site: Make, tmp_path: Path) -> None:
+    """Gates, both adapters' moments, head and choice: not one bit."""
+    sites, method = [site(name) for name in ("oxford", "paris", "rome", "oslo")], FedDLP()
+    _, before, _ = rounds(method, sites, 2, tmp_path / "two", participation=0.5)
+    _, after, done = rounds(method, sites, 3, tmp_path / "three", participation=0.5)
+    absent = [one.name for one in sites if one.name not in done[-1].answers]
+    assert len(absent) == 2
+    assert any(before[name] for name in absent)
+    for one in sites:
+        assert same(before[one.name], after[one.name]) == (one.name in absent)
 
 
 def test_the_moments_of_a_product_start_afresh(site: Make, tmp_path: Path) -> None:

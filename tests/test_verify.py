@@ -181,6 +181,8 @@ def test_what_cannot_be_verified_is_said() -> None:
         findings(named("fedsa-lora"))
     with pytest.raises(MethodError, match="takes no LoRA"):
         findings(named("majority"))
+    with pytest.raises(MethodError, match="trains at one place and aggregates nothing"):
+        findings(named("pooled"))
     with pytest.raises(RecipeError, match=r"there is no method or row 'flexlra'; did you mean 'flexlora'\?"):
         named("flexlra")
     with pytest.raises(RecipeError, match=r"ranks \[4, 99\]"):

@@ -54,7 +54,7 @@ class Pruning:
     bytes: Positive | None = None  # at most so many bytes of adapter
     schedule: Literal["constant", "linear", "log-linear"] = "linear"  # of λ; of a budget linear where not constant
     first: Rate = 1e-6  # λ in the first round of a schedule
-    rounds: Positive = 10  # that a schedule takes
+    rounds: Positive = 10  # that a schedule takes; a shorter run ends on the way, or at its end by fine-tuning
     compact: bool = True  # dead ranks leave the tensors at a round's end; else their gates may come back
 
     def greet(self) -> None:

@@ -30,9 +30,9 @@ from fedloom.data import Dataset
 from fedloom.errors import DataError, FedloomError, LawError, MethodError, RecipeError, UpdateError
 from fedloom.federation import visible
 from fedloom.lowrank import Factors
-from fedloom.methods import METHODS, Method
+from fedloom.methods import METHODS, Method, Pooled
 from fedloom.places import Place
-from fedloom.recipe import ROWS
+from fedloom.rows import ROWS
 from fedloom.site import Answer, Site, Update
 from fedloom.tables import Where, build, guess
 from fedloom.tasks import Ranking
@@ -241,6 +241,8 @@ def _on_one_layer(method: Method, rank: int, scale: float, weight: Tensor) -> tu
 
 def _common(method: Method) -> bool:
     """Whether all sites have one A, which is given; raises MethodError where no whole LoRA is shared."""
+    if isinstance(method, Pooled):
+        raise MethodError("Pooled trains at one place and aggregates nothing: there is nothing to verify.")
     own, site = _on_one_layer(method, 2, SCALE, torch.zeros(OUT, IN))
     shared = visible(own.start(site.model, site.task, 2, 0))
     sent, given = ({name.rpartition("/")[2] for name in part} for part in (of_model(shared), under("given", shared)))

@@ -28,6 +28,7 @@ from typing import Any
 from fedloom.backbones import locate
 from fedloom.engines.remote import Limits
 from fedloom.errors import BackboneError, DeployError, PolicyError, RecipeError
+from fedloom.methods import Method
 from fedloom.recipe import Recipe, parsed
 from fedloom.sections import Group
 from fedloom.tables import NONE, Table, Where, build
@@ -52,6 +53,7 @@ class Policy:
     rounds: Positive = 100  # at most
     epochs: Count = 20  # at most: of a round, of a head's warm-up, and after the last round
     sites: Positive = 2  # at least so many in the federation, so that a mean is not of one
+    sends: tuple[str, ...] = ()  # of its own, where an option of a method sends more than the method as it comes
     metrics: tuple[str, ...] = ("*",)  # which numbers may leave, beside those of examples; * stands for any letters
 
     def leaving(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -154,6 +156,12 @@ def allowed(config: SiteConfig, text: str, sites: int) -> tuple[Recipe, Group]:
     _at_most("rounds", recipe.federation.rounds, policy.rounds)
     for key in ("epochs", "warmup_head", "finetune"):
         _at_most(key, getattr(recipe.training, key), policy.epochs)
+    for part in _by_option(recipe.method) - set(policy.sends):
+        raise PolicyError(
+            f"an option of the recipe's [method] sends '{part}', a site's own, which '{recipe.method_name}' by itself "
+            f"does not, and this site's policy allows {sorted(policy.sends)}; take the option back (share of FedDLP), "
+            f'or set sends = ["{part}"] in [policy].'
+        )
     if sites < policy.sites:
         raise PolicyError(f"{sites} sites take part; this one joins from {policy.sites} on.")
     backbone = policy.backbones[recipe.backbone.name]
@@ -196,6 +204,12 @@ def _at(table: Any, *keys: str) -> Any:
     for key in keys:
         table = table.get(key) if isinstance(table, Mapping) else None
     return table
+
+
+def _by_option(method: Method) -> frozenset[str]:
+    """What a method sends of a site's own because of its options; what its class always sends, its name allows."""
+    always = isinstance(getattr(type(method), "sends", None), frozenset)
+    return frozenset() if always else method.sends
 
 
 def _one_of(what: str, asked: object, allowed: Mapping[str, object] | tuple[str, ...]) -> None:

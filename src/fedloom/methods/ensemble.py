@@ -14,6 +14,9 @@ W's answers from the ensemble's, on its own examples, and sends both:
 
 .. math:: W \leftarrow \sum_k n_k \arg\min_w KL(p \,\Vert\, p_w) \big/ \sum_k n_k
 
+Where heads are private, each adapter answers under the asking site's head, which was trained above another one.
+Students are averaged factor by factor, with FedAvg's error against the mean of products (0.74; attainable is 0.51).
+
 Deviations from FedDF: it distils at the server, on data that the server has; here there are none, so that sites do,
 each on its own, and the students are averaged. It averages logits, we average probabilities.
 """

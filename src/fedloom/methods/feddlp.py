@@ -26,15 +26,15 @@ Deviations, each undone by `FedDLP.official()`, which is the authors' program:
   each other, absent classes are no negatives, and a site of one class learns nothing.
 - Gates start at one, theirs from N(0, 1); the proximal step is SoRA's formula, theirs its program; over the first ten
   rounds λ rises, and the weaker half of the ranks goes; dead ranks leave, theirs stay in every tensor.
-- The global adapter hears less of the local one, whose sites have few classes each: γ_g is 0.1, theirs 1. γ_l is 0.01
-  for all towers.
-- Theirs predicts with the local branch alone, in which little of what others know arrives.
+- The global adapter hears less of the local one, whose sites have few classes: γ_g is 0.1, theirs 1; γ_l is 0.01.
+- Theirs predicts with the local branch alone, in which little of what others know arrives; all linear layers have
+  adapters, whose A starts normal; one caption trains them for all data.
 
 Also ours: a task's head is private and is trained in step 1; a site without a local adapter (a newcomer, or one that
 comes late) starts from the global one, and in the first round, where that is zero, from a fresh start like all others.
-The mean of A times the mean of B is not the mean of the products: how far it is off is reported (`residual`).
-`aggregation = "procrustes"` balances every site's factors and turns them towards the global ones before the mean;
-`"product"` sends on the best factors of the mean of products.
+The mean of A times that of B is not the mean of products (`residual`; of unlike ranks 0.72 in `verify-aggregation`).
+`aggregation = "procrustes"` turns every site's balanced factors towards the global ones before the mean; `"product"`
+sends on the best factors of the mean of products.
 """
 
 import logging

@@ -14,7 +14,9 @@ Sites train as in FedAvg. The server takes what their mean moved by for a gradie
 v starts at τ², m at zero. What is shared is the adapter, and the head where that is shared; both moments are the
 server's own and never sent.
 
-A LoRA is averaged factor by factor, and is as far from the mean of products as FedAvg's.
+What is averaged are a LoRA's factors. One step of momentum with η = 1 is as far from the mean of products as FedAvg's
+(0.74 in `fedloom verify-aggregation`, where 0.51 is attainable). Adam, Yogi and Adagrad have no such contract: a step
+goes by η at most and not by Δ's size, so that one round of one site is not that site's adapter (an error of 1.0).
 
 Deviations: sites use [training]'s optimiser, where the paper's use SGD. η is large for tuning and small for what comes
 of it: the paper tunes it by task, and so should a recipe.

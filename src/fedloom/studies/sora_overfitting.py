@@ -2,7 +2,7 @@
 
 The paper shows, on Flowers102, a LoRA that gets worse as training goes on and a SoRA that does not. Here both train
 from one start on the same batches, and are looked at every few rounds. Who has Flowers102 takes it: `fedloom study
-sora-overfitting --set data.source=flowers102:FOLDER`.
+sora-overfitting --set data.source=flowers:FOLDER`.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from fedloom.adapters import LoRA
 from fedloom.errors import RecipeError
 from fedloom.methods import FedDLP
 from fedloom.pruning import Pruning
+from fedloom.recipe import load
 from fedloom.studies.setting import ACCURACY, TEST_LOSS, Sites, gathered, measured
 from fedloom.studies.study import Options, Part, Result, Row, verdict
 from fedloom.tensors import Private
@@ -38,10 +39,12 @@ def study(options: Options) -> Result:
     part = Part(
         "Over rounds", ("adapter", "round"), (ACCURACY, TEST_LOSS, FITTED, TRAIN_LOSS, ALIVE), tuple(rows), "round"
     )
+    adapter = load(options.recipe or RECIPE, CHANGES).altered(options.changes).method.adapter
     of = (
-        f"clip-small on pack:caltech, Dirichlet 0.1 (recipe {RECIPE}), the first {SITES} of ten sites; rank {RANK} in "
-        f"all linear layers of the image tower; {ROUNDS} rounds of one epoch without any communication; published: "
-        f"gates from N(0, 1), which step by {SLOW.lr:g} here, λ = {SLOW.sparsity:g}"
+        f"clip-small on pack:caltech, Dirichlet 0.1 (recipe {RECIPE}), the first {SITES} of ten sites; rank {RANK} at "
+        f"{', '.join(getattr(adapter, 'targets', ()))} of the image tower (the paper: at all linear layers); {ROUNDS} "
+        f"rounds of one epoch without any communication; published: gates from N(0, 1), which step by {SLOW.lr:g} "
+        f"here, λ = {SLOW.sparsity:g}"
     )
     return Result("sora-overfitting", QUESTION, of, options.drawn(), (part,), tuple(found(part)))
 
@@ -88,6 +91,8 @@ def found(part: Part) -> list[str]:
         )
         last = part.compared(ACCURACY, {"adapter": way, "round": ROUNDS}, {"adapter": way, "round": best})
         told.append(verdict(f"{way}: {ACCURACY}", f"after {ROUNDS} rounds", f"after {best}", last))
+        alive = part.mean(ALIVE, adapter=way, round=ROUNDS)
+        told.append(f"{way}: of {RANK} ranks a layer {alive:.2f} are alive after {ROUNDS} rounds.")
     for way in list(WAYS)[1:]:
         for figure in (ACCURACY, TEST_LOSS, FITTED):
             difference = part.compared(figure, {"adapter": way, "round": ROUNDS}, {"adapter": LORA, "round": ROUNDS})
