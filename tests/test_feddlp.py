@@ -312,6 +312,9 @@ def plain_round(method: FedDLP, site: Site, shared: Shared, n: int) -> tuple[dic
         if branch == "global":
             own |= {name: t.detach() for name, t in heads.items()}
         adapter = {"local": method.local, "global": method.shared}[branch]
+        if method.caption is not None:  # what training names an image by
+            captions = tuple(method.caption.replace("{}", label) for label in site.task.labels)
+            batch = replace(batch, candidates=captions)
         z = site.logits(adapter, own, batch)
         return z if method.loss == "classes" else z[:, batch.targets]
 
@@ -368,8 +371,9 @@ GENTLE = Pruning(sparsity=0.01, lr=0.03, rank=None, schedule="constant")
         (FedDLP(LoRA(rank=3), pruning=GENTLE, gamma=0.7), Classification(("cat", "dog", "bird"), head="linear")),
         (FedDLP(LoRA(rank=3), pruning=GENTLE, gamma=0.7, lr=3e-3), PROMPTS),
         (FedDLP(LoRA(rank=3), pruning=replace(GENTLE, operator="sora"), loss="contrastive"), PROMPTS),
+        (replace(FedDLP.official(), caption="the small {} sings"), PROMPTS),  # all of the authors' setting
     ],
-    ids=["head", "prompts", "contrastive"],
+    ids=["head", "prompts", "contrastive", "official"],
 )
 def test_a_round_is_plain_training_with_a_forward_for_every_use_to_the_bit(
     site: Make, tmp_path: Path, method: FedDLP, task: Classification
