@@ -86,6 +86,31 @@ def test_baselines_run_and_equal_recipes_share_a_cell(short: Path, tmp_path: Pat
     assert "fedavg - frozen" in table
 
 
+def test_what_pruning_saves_at_a_site_is_told(short: Path, tmp_path: Path) -> None:
+    rows = {
+        "whole": {"name": "feddlp", "adapter": {"kind": "lora", "rank": 4}, "pruning": "none"},
+        "half": {"name": "feddlp", "adapter": {"kind": "lora", "rank": 4}, "pruning": {"schedule": "constant"}},
+    }
+    recipe = load(short, {f"compare.{row}.method": method for row, method in rows.items()})
+    comparison = compare(recipe, [*rows, "fedavg"], [0], tmp_path / "compared", False, ignore)
+    whole, half, fedavg = (content["cells"]["0"] for content in comparison.rows.values())
+    assert (whole["rank"], half["rank"]) == (4.0, 2.0)
+    assert "rank" not in fedavg
+    sites = tmp_path / "compared" / "cells"
+    sizes = {
+        sum(max(site.glob("*.safetensors")).stat().st_size for site in (cell / "sites").iterdir())
+        for cell in sites.iterdir()
+    }
+    assert sizes == {own["private_bytes"] for own in (whole, half, fedavg)}
+    assert fedavg["private_bytes"] < half["private_bytes"] < whole["private_bytes"]
+    head, *lines = comparison_table(comparison).partition("cost ")[2].splitlines()
+    assert head.split() == ["up", "down", "private", "ranks", "time"]
+    assert any(line.startswith("half ") and " 2.00 " in line for line in lines)
+    page = (tmp_path / "compared" / "comparison.html").read_text()
+    assert "ranks left" in page
+    assert '<td class="n">2.00</td>' in page
+
+
 def test_no_cell_is_run_twice_though_the_comparison_is_stopped(noted: Recipe, log: Path, tmp_path: Path) -> None:
     folder, notes = tmp_path / "compared", []
 

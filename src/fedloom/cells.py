@@ -14,6 +14,7 @@ from fedloom.events import Event, Note, Watch
 from fedloom.recipe import Recipe
 from fedloom.report.result import STATISTICS, held_out_means
 from fedloom.runs import Run, run
+from fedloom.store import Store
 
 TRIES = 2  # of a cell that crashes
 Figures = Mapping[str, float]
@@ -26,7 +27,7 @@ Work = Callable[[Recipe, Path, Watch], Found]  # a recipe, the folder of its run
 class Cell:
     """What a finished run is compared by."""
 
-    figures: Figures  # VIEW.TASK.STATISTIC and bytes: the same at every run
+    figures: Figures  # VIEW.TASK.STATISTIC, bytes, and `rank` where a method tells it: the same at every run
     sites: Mapping[str, Mapping[str, float]]  # each site's value, by view
     rounds: Sequence[Mapping[str, Any]]  # evaluated ones: `round` from one, `bytes` so far, `held_out` by task
     seconds: float = 0.0  # of all rounds
@@ -39,7 +40,8 @@ def cell(recipe: Recipe, folder: Path, watch: Watch) -> Cell:
         run(recipe, folder, resume=True, watch=watch)
     views = {view: content for view, content in done.summary["views"].items() if content is not None}
     sites = {view: {name: row["value"] for name, row in content["sites"].items()} for view, content in views.items()}
-    return Cell(figures(done.summary), sites, list(_rounds(done.rounds)), done.summary["seconds"])
+    kept = figures(done.summary) | _private(folder, done.rounds[-1])
+    return Cell(kept, sites, list(_rounds(done.rounds)), done.summary["seconds"])
 
 
 def figures(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -117,6 +119,13 @@ def _elsewhere(work: Work[Found], recipe: Recipe, folder: Path, stopped: threadi
 
 def _unwatched(event: Event) -> None:
     """No one sees into another process."""
+
+
+def _private(folder: Path, last: Mapping[str, Any]) -> dict[str, float]:
+    """The bytes of all sites' private states at the end, and the ranks a layer and site that the last round left."""
+    ranks = [row["method"]["rank"] for row in last["sites"].values() if "rank" in row.get("method", {})]
+    held = {"private_bytes": sum(Store(site).held() for site in (folder / "sites").glob("*"))}
+    return held | ({"rank": sum(ranks) / len(ranks)} if ranks else {})
 
 
 def _rounds(lines: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -82,6 +82,11 @@ class Store:
         """Bytes on disk."""
         return sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
 
+    def held(self) -> int:
+        """Bytes of what fine-tuning left, or else the last round."""
+        newest = [*(path for _, path in self._states()), *self.folder.glob(f"{PERSONAL}-*.safetensors")][-1:]
+        return sum(path.stat().st_size for path in newest)
+
     def _states(self) -> list[tuple[int, Path]]:
         """Round and file of each state, the oldest first."""
         try:

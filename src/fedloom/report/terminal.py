@@ -205,14 +205,19 @@ def _costs(content: Mapping[str, Any]) -> Table:
     costs, target = compared.costs(content), content.get("target")
     more = any(own["trained"] for own in costs.values())
     head = f"rounds to {target}"
-    grid = _grid("cost", "up", "down", "time", *([head] if target is not None else []), *(["FLOP", "trained"] * more))
+    pruned = any(own["ranks"] for own in costs.values())
+    left = ["private", "ranks"] * pruned
+    asked = [head] if target is not None else []
+    grid = _grid("cost", "up", "down", *left, "time", *asked, *(["FLOP", "trained"] * more))
     for row, own in costs.items():
         to = "; ".join(
             "never" if one["mean"] is None else f"{one['mean']:.3g} ({one['reached']}/{one['n']})"
             for one in own["reached"].values()
         )
         last = [own["flops"], own["trained"]] * more
-        grid.add_row(Text(one_line(row)), own["up"], own["down"], own["time"], *([to] * (target is not None)), *last)
+        kept = [own["private"], own["ranks"]] * pruned
+        reached = [to] * (target is not None)
+        grid.add_row(Text(one_line(row)), own["up"], own["down"], *kept, own["time"], *reached, *last)
     return grid
 
 
