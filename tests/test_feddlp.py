@@ -19,6 +19,7 @@ from fedloom.backbones.adaptable import Adaptable
 from fedloom.backbones.batches import Batch, Features
 from fedloom.backbones.clip import CLIP
 from fedloom.check import check_method, federation
+from fedloom.data import Dataset
 from fedloom.distillation import divergence
 from fedloom.engines.local import LocalEngine, Participant
 from fedloom.errors import MethodError, RecipeError
@@ -379,14 +380,37 @@ def test_a_round_is_plain_training_with_a_forward_for_every_use_to_the_bit(
     site: Make, tmp_path: Path, method: FedDLP, task: Classification
 ) -> None:
     oxford = site(task=task, training=Training(lr=1e-2, batch=4, clip=0.02))
-    shared = method.start(oxford.model, oxford.task, 1, seed=0)
-    after, private, _ = rounds(method, [oxford], 2, tmp_path)  # the mean of one site is that site
-    local, common = plain_round(method, oxford, shared, 2)
-    own = {**under("local", private["oxford"]), **at("head", under("head", private["oxford"]))}
+    held_to_plain_training(method, oxford, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "towers"),
+    [("clip", ("text",)), ("clip", ("vision", "text")), ("siglip", ("vision",)), ("siglip", ("vision", "text"))],
+)
+def test_a_round_in_either_tower_or_both_is_plain_training_to_the_bit(
+    network: Callable[..., CLIP],
+    dataset: Callable[..., Dataset],
+    tmp_path: Path,
+    family: str,
+    towers: tuple[str, ...],
+) -> None:
+    model, training = Adaptable(network(family, towers)), Training(lr=1e-2, batch=4)
+    oxford = Site("oxford", model, PROMPTS, dataset(model, PROMPTS, 6), dataset(model, PROMPTS, 2), training, 3)
+    own = held_to_plain_training(FedDLP(LoRA(rank=3), pruning=GENTLE, gamma=0.7), oxford, tmp_path)
+    assert {name.partition(".")[0] for name in own} == set(towers)
+
+
+def held_to_plain_training(method: FedDLP, site: Site, folder: Path) -> Tensors:
+    """Two rounds of one site, whose mean is that site, against `plain_round`, to the bit; its local adapter."""
+    shared = method.start(site.model, site.task, 1, seed=0)
+    after, private, _ = rounds(method, [site], 2, folder)
+    local, common = plain_round(method, site, shared, 2)
+    own = {**under("local", private[site.name]), **at("head", under("head", private[site.name]))}
     for found, expected in ((own, local), (after, common)):
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
             assert torch.equal(tensor, expected[name]), name
+    return own
 
 
 @pytest.mark.parametrize("pruning", [None, GENTLE], ids=["plain", "gated"])
