@@ -58,7 +58,7 @@ def generated() -> Iterator[tuple[str, str]]:
     """Path and text of every page."""
     yield "index.md", within_docs((ROOT / "README.md").read_text("utf-8"))
     yield "contributing.md", within_docs((ROOT / "CONTRIBUTING.md").read_text("utf-8"))
-    yield "changelog.md", (ROOT / "CHANGELOG.md").read_text("utf-8")
+    yield "changelog.md", within_docs((ROOT / "CHANGELOG.md").read_text("utf-8"))
     methods = sorted(path for path in (PACKAGE / "methods").glob("*.py") if path.stem != "__init__")
     parts = [PACKAGE / f"{name}.py" for name in PARTS]
     for path in methods:
