@@ -13,12 +13,12 @@ SETTINGS := # of benchmarks/suite.toml; all where none is named
 .PHONY: help demo benchmark test format lint types layers tests fast docs clean
 
 help:
-	@echo "make demo    fine-tune a small CLIP across ten sites (in $(RUN)) and show what each gained"
-	@echo "make benchmark  the suite of comparisons (in $(SUITE)), which takes days and goes on where it stopped"
-	@echo "make test    format, lint, types, layers and tests"
-	@echo "make fast    the tests of under a minute"
-	@echo "make docs    the documentation, in site/; a broken link is an error"
-	@echo "make clean   remove the environment and the caches; runs/ stays"
+	@echo "make demo       fine-tune a small CLIP across ten sites (in $(RUN)) and show what each gained"
+	@echo "make benchmark  the suite of comparisons (in $(SUITE)): about 27 hours of one core; goes on where it stopped"
+	@echo "make test       format, lint, types, layers and tests"
+	@echo "make fast       the tests but the slow ones: five minutes on two cores"
+	@echo "make docs       the documentation, in site/; a broken link is an error"
+	@echo "make clean      remove the environment and the caches; runs/ stays"
 
 # An interrupted demo goes on where it stopped; a finished one shows its result again.
 demo: $(VENV)/.installed

@@ -84,11 +84,11 @@ def page(name: str, result: dict[str, Any]) -> str:
 def compared_page(name: str, result: dict[str, Any]) -> str:
     """The page of a comparison."""
     comparison = Comparison(result["rows"], result["differences"], result["seeds"])
-    kernels = ", ".join(f"{key} {value}" for key, value in result["plan"].items())
+    numerics = ", ".join(f"{key} {value}" for key, value in result["plan"].items())
     return (
         f"# {name}\n\n"
         f"`{result['command']}`, commit {result['commit'][:10]}, protocol {result['protocol'][:10]}, "
-        f"{result['machine']}; {kernels}. Made from `benchmarks/results/{name}.json` by `benchmarks/publish.py`.\n\n"
+        f"{result['machine']}; {numerics}. Made from `benchmarks/results/{name}.json` by `benchmarks/publish.py`.\n\n"
         f"```text\n{comparison_table(comparison)}\n```\n{tuned(result.get('tuning'))}"
     )
 
@@ -113,7 +113,8 @@ def tuned(tuning: dict[str, Any] | None) -> str:
             f"{marks[key]}{100 * x:.1f}{marks[key]}" if (x := tried[key]) is not None else "failed" for key in said
         )
         lines.append(f"| {row} | {' | '.join(cells)} |")
-    lines += [f"\nAt the edge of its grid, where more might be gained: {', '.join(edge(tuning))}."]
+    if at := edge(tuning):
+        lines.append(f"\nAt the edge of its grid, where more might be gained: {', '.join(at)}.")
     return "\n".join(lines) + "\n"
 
 

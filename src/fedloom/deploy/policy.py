@@ -156,7 +156,7 @@ def allowed(config: SiteConfig, text: str, sites: int) -> tuple[Recipe, Group]:
     _at_most("rounds", recipe.federation.rounds, policy.rounds)
     for key in ("epochs", "warmup_head", "finetune"):
         _at_most(key, getattr(recipe.training, key), policy.epochs)
-    for part in _by_option(recipe.method) - set(policy.sends):
+    for part in sorted(_by_option(recipe.method) - set(policy.sends)):
         raise PolicyError(
             f"an option of the recipe's [method] sends '{part}', a site's own, which '{recipe.method_name}' by itself "
             f"does not, and this site's policy allows {sorted(policy.sends)}; take the option back (share of FedDLP), "
