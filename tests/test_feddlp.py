@@ -233,7 +233,7 @@ def test_a_budget_keeps_the_ranks_that_add_most(site: Make, schedule: Any, rank:
     }
     room = len(places) * (1 if schedule == "constant" else 3.25)  # in round 1 a quarter of the way from 4 to 1
     best = set(sorted(size, key=lambda key: -size[key])[: int(room)])
-    cut = pruning.budgeted(tensors, 1, 4)
+    cut = pruning.budgeted(tensors, 1, dict.fromkeys(places, 4))
     assert {(place, i) for place, i in size if cut[f"{place}/gate"][i]} == best
     assert all(torch.equal(t, tensors[name]) for name, t in cut.items() if not name.endswith("/gate"))
 
@@ -243,7 +243,8 @@ def test_a_budget_of_bytes_is_kept(site: Make, most: int) -> None:
     oxford = site()
     adapter = LoRA(rank=4, targets=LINEAR, gated=True)
     tensors = drawn(oxford.model, adapter, "bytes")
-    small = compacted(State(Pruning(bytes=most, rank=None, schedule="constant").budgeted(tensors, 0, 4))).tensors
+    pruning = Pruning(bytes=most, rank=None, schedule="constant")
+    small = compacted(State(pruning.budgeted(tensors, 0, dict.fromkeys(by_place(tensors), 4)))).tensors
     assert sum(t.numel() * 4 for t in small.values()) <= most
     if most > 3000:
         assert small.keys() == tensors.keys()
@@ -606,9 +607,11 @@ def test_a_site_that_comes_late_starts_from_what_is_shared(site: Make, tmp_path:
     torch.testing.assert_close(served, late.logits(both.adapter, under("local", shared), batch), rtol=1e-4, atol=1e-4)
 
 
-def test_a_site_may_bring_an_adapter_of_its_own_rank(site: Make, tmp_path: Path) -> None:
+def test_a_site_may_bring_an_adapter_of_its_own_ranks(site: Make, tmp_path: Path) -> None:
     oxford, method = site(), FedDLP(LoRA(rank=4), pruning=Pruning(sparsity=0.0, schedule="constant"))
     brought = drawn(oxford.model, LoRA(rank=7), "brought")
+    narrow = next(iter(by_place(brought)))  # a layer of less
+    brought |= {f"{narrow}/A": brought[f"{narrow}/A"][:3], f"{narrow}/B": brought[f"{narrow}/B"][:, :3]}
     wide = replace(oxford, initial=brought)
     assert torch.equal(
         method.serve(wide, method.start(oxford.model, None, 1, 0), Private({}))(whole(oxford)),
@@ -616,7 +619,7 @@ def test_a_site_may_bring_an_adapter_of_its_own_rank(site: Make, tmp_path: Path)
     )
     _, private, _ = rounds(method, [wide, site("paris")], 2, tmp_path)
     alive = {name: sum(ranks(under("local", own)).values()) for name, own in private.items()}
-    assert alive == {"oxford": 7 * 3, "paris": 4 * 3}  # half of each site's own, at six places
+    assert alive == {"oxford": (7 * 5 + 3) / 2, "paris": 4 * 6 / 2}  # half of each site's own, at six places
 
 
 def test_a_shared_adapter_of_another_rank_is_folded_at_the_rank_of_all(site: Make) -> None:

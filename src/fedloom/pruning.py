@@ -106,12 +106,12 @@ class Pruning:
         moved = torch.where(moved < -threshold, moved + threshold, moved)
         return torch.where(moved.abs() < threshold, 0.0, moved)
 
-    def ended(self, round: int | str, site: str, began: Tensors, trained: State, rank: int) -> State:
+    def ended(self, round: int | str, site: str, began: Tensors, trained: State, whole: Mapping[str, int]) -> State:
         """What a round leaves: the state within its budget, without dead ranks; a layer that lost its last one is told.
 
-        site: its name; began: the tensors before the round; rank: of a layer before any pruning
+        site: its name; began: the tensors before the round; whole: the rank of each layer before any pruning
         """
-        within = replace(trained, tensors=self.budgeted(trained.tensors, round, rank))
+        within = replace(trained, tensors=self.budgeted(trained.tensors, round, whole))
         before, left = ranks(began), ranks(within.tensors)
         if dead := [place for place, n in left.items() if not n and before[place]]:
             log.warning(
@@ -120,15 +120,18 @@ class Pruning:
             )
         return compacted(within) if self.compact else within
 
-    def budgeted(self, tensors: Tensors, round: int | str, rank: int) -> dict[str, Tensor]:
-        """The tensors, the gates of the ranks for which the budget has no room at zero; `rank`: before any pruning."""
+    def budgeted(self, tensors: Tensors, round: int | str, whole: Mapping[str, int]) -> dict[str, Tensor]:
+        """The tensors, the gates of the ranks for which the budget has no room at zero.
+
+        whole: the rank of each layer before any pruning
+        """
         gated = {place: leaves for place, leaves in by_place(tensors).items() if "gate" in leaves}
         cost = {place: 4 * (ls["A"].shape[1] + ls["B"].shape[0] + 1) for place, ls in gated.items()}  # a rank's bytes
-        each = self.rank and len(gated) * (self.rank * rank if self.rank < 1 else self.rank)
-        for most, costs in ((self.bytes, cost), (each, dict.fromkeys(gated, 1))):
+        count = self.rank and self.rank * (sum(whole[place] for place in gated) if self.rank < 1 else len(gated))
+        for most, costs in ((self.bytes, cost), (count, dict.fromkeys(gated, 1))):
             if most is not None:
-                whole = rank * sum(costs.values())
-                room = whole - max(0, whole - most) * self.progress(round)
+                all_of_it = sum(whole[place] * costs[place] for place in gated)
+                room = all_of_it - max(0, all_of_it - most) * self.progress(round)
                 gated = {
                     place: {**leaves, "gate": gate}
                     for (place, leaves), gate in zip(gated.items(), _best(gated, costs, room), strict=True)

@@ -284,7 +284,7 @@ class FedDLP:
     def _pruned(self, round: int | str, site: Site, began: State, mine: State) -> State:
         if self.pruning is None:
             return mine
-        whole = max(ranks(site.initial).values(), default=self.adapter.rank)
+        whole = ranks(site.initial) or dict.fromkeys(ranks(mine.tensors), self.adapter.rank)
         return self.pruning.ended(round, site.name, began.tensors, mine, whole)
 
     def _published(self, mine: State) -> dict[str, Tensor]:
