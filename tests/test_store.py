@@ -17,6 +17,7 @@ from torch import Tensor
 from fedloom import store as module
 from fedloom.errors import StoreError
 from fedloom.store import Store, write
+from fedloom.tensors import to_bytes
 
 
 def state(value: float) -> dict[str, Tensor]:
@@ -111,6 +112,16 @@ def test_what_fine_tuning_left_is_apart_from_the_rounds(tmp_path: Path) -> None:
     assert personal is not None
     assert float(personal["opt/t"]) == 31
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_a_site_holds_is_its_newest_state(tmp_path: Path) -> None:
+    store = Store(tmp_path, keep=3)
+    assert store.held() == 0
+    for round, n in enumerate((300, 2, 70)):
+        store.after(round, {"head/w": torch.zeros(n)})
+    assert store.held() == len(to_bytes({"head/w": torch.zeros(70)}))
+    store.personalised({"head/w": torch.zeros(9)})
+    assert store.held() == len(to_bytes({"head/w": torch.zeros(9)}))
 
 
 def test_a_kill_between_write_and_rename_leaves_the_old_file(tmp_path: Path) -> None:
