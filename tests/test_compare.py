@@ -73,7 +73,7 @@ def starts(log: Path) -> Counter[str]:
 
 
 def test_baselines_run_and_equal_recipes_share_a_cell(short: Path, tmp_path: Path) -> None:
-    rows = ("fedavg", "fedavg-lora", "frozen", "local", "linear-probe", "full", "majority")
+    rows = ("fedavg", "fedavg-lora", "frozen", "local", "linear-probe", "full", "majority", "pooled")
     comparison = compare(load(short), rows, [0], tmp_path / "compared", False, ignore)
     assert list(comparison.rows) == list(rows)
     assert all(content["missing"] == {} for content in comparison.rows.values())

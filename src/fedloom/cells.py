@@ -40,7 +40,7 @@ def cell(recipe: Recipe, folder: Path, watch: Watch) -> Cell:
         run(recipe, folder, resume=True, watch=watch)
     views = {view: content for view, content in done.summary["views"].items() if content is not None}
     sites = {view: {name: row["value"] for name, row in content["sites"].items()} for view, content in views.items()}
-    kept = figures(done.summary) | _private(folder, done.rounds[-1])
+    kept = figures(done.summary) | _private(folder, done.rounds)
     return Cell(kept, sites, list(_rounds(done.rounds)), done.summary["seconds"])
 
 
@@ -121,9 +121,11 @@ def _unwatched(event: Event) -> None:
     """No one sees into another process."""
 
 
-def _private(folder: Path, last: Mapping[str, Any]) -> dict[str, float]:
-    """The bytes of all sites' private states at the end, and the ranks a layer and site that the last round left."""
-    ranks = [row["method"]["rank"] for row in last["sites"].values() if "rank" in row.get("method", {})]
+def _private(folder: Path, lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The bytes of all sites' private states at the end, and the ranks a layer and site that the last round left; what
+    is trained on pooled data has no rounds."""
+    told = [row.get("method", {}) for line in lines[-1:] for row in line["sites"].values()]
+    ranks = [metrics["rank"] for metrics in told if "rank" in metrics]
     held = {"private_bytes": sum(Store(site).held() for site in (folder / "sites").glob("*"))}
     return held | ({"rank": sum(ranks) / len(ranks)} if ranks else {})
 
