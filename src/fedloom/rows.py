@@ -31,6 +31,15 @@ ROWS: Mapping[str, Table] = {
     "fedavgm": {"method": {"name": "fedopt", "server": "momentum", "eta": 1.0}},
     "fedclip": {"method": {"name": "fedavg", "adapter": {"kind": "attention"}}},
     "feddlp": {"method": {"name": "feddlp", "adapter": {"kind": "lora"}}},
+    "feddlp-alone": {  # its private adapter, gates and all, that hears nothing of the others
+        "method": {
+            "name": "feddlp",
+            "adapter": {"kind": "lora"},
+            "gamma": 0.0,
+            "gamma_shared": 0.0,
+            "predict_with": "local",
+        }
+    },
     "feddlp-global": {"method": {"name": "feddlp", "adapter": {"kind": "lora"}, "predict_with": "global"}},
     "feddlp-local": {"method": {"name": "feddlp", "adapter": {"kind": "lora"}, "predict_with": "local"}},
     "feddlp-no-distillation": {
