@@ -636,6 +636,20 @@ def test_a_shared_adapter_of_another_rank_is_folded_at_the_rank_of_all(site: Mak
     assert told["residual_relative"] < 1e-5
 
 
+@pytest.mark.parametrize(("row", "hears"), [("feddlp-alone", False), ("feddlp", True)])
+def test_alone_a_site_hears_nothing_of_the_others(
+    site: Make, recipe: Path, tmp_path: Path, row: str, hears: bool
+) -> None:
+    method: Any = load(recipe).row(row).method
+    oxford = site()
+    _, together, _ = rounds(method, [oxford, site("paris")], 3, tmp_path / "together")
+    _, apart, _ = rounds(method, [oxford], 3, tmp_path / "apart")
+    own, by_itself = (
+        {**under("local", kept["oxford"]), **at("head", under("head", kept["oxford"]))} for kept in (together, apart)
+    )
+    assert same(own, by_itself) is not hears
+
+
 @pytest.mark.parametrize("predict_with", ["local", "both", "global", "blend"])
 def test_what_a_site_predicts_with(site: Make, predict_with: Any) -> None:
     oxford = site(task=PROMPTS)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import multiprocessing
-import os
 import random
 import time
 from collections.abc import Callable
@@ -78,7 +77,6 @@ def test_another_seed_ends_elsewhere(plain: Run, recipe: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="needs fork")
 def test_a_run_that_is_killed_over_and_over_ends_with_the_same_bits(longer: Path, tmp_path: Path) -> None:
     # Children are forked from a process that has everything imported and has computed nothing.
     processes = multiprocessing.get_context("forkserver")

@@ -20,7 +20,6 @@ from fedloom.site import Answer, Reply, Silence, Site, Update
 from fedloom.store import Store
 from fedloom.tensors import Private, Shared, same
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs fork")
 NAMES = ("oslo", "rome", "kyiv")
 
 

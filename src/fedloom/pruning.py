@@ -130,8 +130,8 @@ class Pruning:
         count = self.rank and self.rank * (sum(whole[place] for place in gated) if self.rank < 1 else len(gated))
         for most, costs in ((self.bytes, cost), (count, dict.fromkeys(gated, 1))):
             if most is not None:
-                all_of_it = sum(whole[place] * costs[place] for place in gated)
-                room = all_of_it - max(0, all_of_it - most) * self.progress(round)
+                full = sum(whole[place] * costs[place] for place in gated)
+                room = full - max(0, full - most) * self.progress(round)
                 gated = {
                     place: {**leaves, "gate": gate}
                     for (place, leaves), gate in zip(gated.items(), _best(gated, costs, room), strict=True)

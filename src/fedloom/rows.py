@@ -2,6 +2,7 @@
 
 A row that is none of these is one of the recipe's own ([compare]), or a method by its name. `linear-probe` is a head at
 each site alone, as long as other rows train; `fedavg-head` the mean of such heads, where all sites have one vocabulary.
+In `feddlp-alone` a newcomer starts from the shared adapter, as in FedDLP: that view is not one of training alone.
 """
 
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ ROWS: Mapping[str, Table] = {
     "fedavgm": {"method": {"name": "fedopt", "server": "momentum", "eta": 1.0}},
     "fedclip": {"method": {"name": "fedavg", "adapter": {"kind": "attention"}}},
     "feddlp": {"method": {"name": "feddlp", "adapter": {"kind": "lora"}}},
-    "feddlp-alone": {  # its private adapter, gates and all, that hears nothing of the others
+    "feddlp-alone": {  # its private adapter, gates and all, at sites that hear nothing of each other
         "method": {
             "name": "feddlp",
             "adapter": {"kind": "lora"},

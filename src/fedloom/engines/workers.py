@@ -28,11 +28,6 @@ class Workers:
     """Processes that all run `work`, a function of one call; calls and what is made of them are pickled, `work` not."""
 
     def __init__(self, work: Callable[[Any], Any], n: int):
-        """raises RunError: this system cannot fork"""
-        if "fork" not in multiprocessing.get_all_start_methods():
-            raise RunError(
-                "workers are forks of a process, which this system does not have; set [federation] workers = 1."
-            )
         context = multiprocessing.get_context("fork")
         self._ends: list[Connection] = []
         processes: list[BaseProcess] = []
