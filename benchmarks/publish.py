@@ -2,10 +2,11 @@
 
     python benchmarks/publish.py runs/quickstart quickstart --command "make demo" [--picture docs/quickstart.svg]
     python benchmarks/publish.py runs/suite/vqamed-merge vqamed-merge --command "fedloom suite vqamed-merge --seeds 0-4"
+    python benchmarks/publish.py
 
-Writes docs/results/README.md anew: benchmarks/found.md, then every endpoint of the protocol and all that is published.
 Writes benchmarks/results/NAME.json (the run's summary or the comparison, with the command, the commit, the machine and
-the hash of benchmarks/protocol.toml) and docs/results/NAME.md.
+the hash of benchmarks/protocol.toml), if it is given a run, and from all that is there every page of docs/results:
+NAME.md, and README.md, which is benchmarks/found.md, every endpoint of the protocol, and the settings.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import platform
 import re
 import subprocess
 import tomllib
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,32 +30,51 @@ from fedloom.runs import Run
 
 PERSONAL = re.compile(r"personal\.\w+\.mean")
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "results"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("name")
-    parser.add_argument("--command", required=True, help="what made the run")
+    parser.add_argument("run", type=Path, nargs="?", help="or a comparison; none: the pages of what is published")
+    parser.add_argument("name", nargs="?")
+    parser.add_argument("--command", help="what made the run")
     parser.add_argument("--commit", help="at which it was made, where it is not this one")
     parser.add_argument("--picture", type=Path, help="an SVG to draw")
     arguments = parser.parse_args()
-    result: dict[str, Any] = {"command": arguments.command, **lineage()}
-    result["commit"] = arguments.commit or result["commit"]
-    if (compared := arguments.run / "comparison.json").is_file():
-        result |= json.loads(compared.read_text())
-        result["differences"] = told(result)
-        result["plan"] = plan(arguments.run)
-        written = compared_page(arguments.name, result)
-    else:
-        run = Run(arguments.run)
-        result |= {"recipe": run.recipe.table(), "summary": run.summary}
-        written = page(arguments.name, result)
+    if arguments.run is not None:
+        if not (arguments.name and arguments.command):
+            parser.error("a run is published under a name, with the --command that made it")
+        result = published(arguments.run, {"command": arguments.command, **lineage()})
+        result["commit"] = arguments.commit or result["commit"]
+        (RESULTS / f"{arguments.name}.json").write_text(json.dumps(result, indent=1) + "\n")
         if arguments.picture:
-            arguments.picture.write_text(picture(run.summary))
-    (ROOT / "benchmarks" / "results" / f"{arguments.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (ROOT / "docs" / "results" / f"{arguments.name}.md").write_text(written)
-    (ROOT / "docs" / "results" / "README.md").write_text(index())
+            arguments.picture.write_text(picture(result["summary"]))
+    for path, written in pages():
+        path.write_text(written)
+
+
+def published(run: Path, made: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a run or a comparison, beside how it was made."""
+    if (compared := run / "comparison.json").is_file():
+        result = made | json.loads(compared.read_text())
+        return result | {"differences": told(result), "plan": plan(run)}
+    done = Run(run)
+    return made | {"recipe": done.recipe.table(), "summary": done.summary}
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Every page of docs/results that is made here, from benchmarks/results, found.md and the protocol."""
+    for name, result in contents().items():
+        if "rows" in result:
+            yield PAGES / f"{name}.md", compared_page(name, result)
+        elif "summary" in result:
+            yield PAGES / f"{name}.md", page(name, result)
+    yield PAGES / "README.md", index()
+
+
+def contents() -> dict[str, dict[str, Any]]:
+    """All that is published, by name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
 
 
 def lineage() -> dict[str, str]:
@@ -71,7 +92,7 @@ def plan(folder: Path) -> dict[str, str]:
 
 
 def page(name: str, result: dict[str, Any]) -> str:
-    """The page of docs/results."""
+    """The page of a run."""
     summary = result["summary"]
     return (
         f"# {name}\n\n"
@@ -131,10 +152,8 @@ def edge(tuning: dict[str, Any]) -> list[str]:
 
 def index() -> str:
     """The page of all results: what was found, the protocol's endpoints, the settings."""
-    contents = {
-        path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-    }
-    compared = {name: content for name, content in contents.items() if "rows" in content}
+    everything = contents()
+    compared = {name: content for name, content in everything.items() if "rows" in content}
     asked = protocol(ROOT / "benchmarks" / "protocol.toml")
     assert asked is not None
     lines = [(ROOT / "benchmarks" / "found.md").read_text().rstrip(), "", "## The endpoints of the protocol", ""]
@@ -163,7 +182,7 @@ def index() -> str:
     lines += ["| setting | seeds | protocol | rows |", "| --- | ---: | --- | --- |"]
     lines += [setting(name, content) for name, content in compared.items()]
     lines += ["", "## Single runs, and how well `advise` forecasts", ""]
-    lines += [f"- [{name}]({name}.md)" for name in contents if name not in compared]
+    lines += [f"- [{name}]({name}.md)" for name in everything if name not in compared]
     return "\n".join(lines) + "\n"
 
 

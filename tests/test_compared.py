@@ -11,7 +11,7 @@ import pytest
 from fedloom.cells import Cell
 from fedloom.comparisons import Comparison, summarised
 from fedloom.report import comparison_table
-from fedloom.report.compared import better_alone, compared_page, difference, told, write_comparison
+from fedloom.report.compared import better_alone, compared_page, costs, difference, told, write_comparison
 
 SITES = ("lung, mediastinum, pleura", "<b>&")
 
@@ -102,6 +102,15 @@ def test_the_table_tells_spread_cost_and_rounds(compared: Comparison) -> None:
     (cost,) = (line.split() for line in lines if line.startswith("fedavg ") and "kB" in line)
     assert cost[1:] == ["9.0", "kB", "9.0", "kB", "3", "s", "2", "(2/2)"]
     assert "shared, seed 1: cannot run: a shared head needs <one> task" in lines
+
+
+def test_no_time_is_told_of_what_has_no_rounds(compared: Comparison) -> None:
+    compared.rows["fedavg"]["seconds"]["mean"] = 0.0  # as pooled training has it
+    assert {row: own["time"] for row, own in costs(content(compared)).items()} == {
+        "local": "3 s",
+        "fedavg": "",
+        "frozen": "3 s",
+    }
 
 
 def test_a_comparison_of_before_these_figures_is_shown_too(compared: Comparison, tmp_path: Path) -> None:

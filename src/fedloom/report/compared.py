@@ -182,8 +182,8 @@ def _sites(content: Content) -> dict[str, Any]:
 
 
 def costs(content: Content) -> dict[str, dict[str, Any]]:
-    """By row that ran: bytes (sent, and private at all sites), ranks that are left, time, FLOPs and trained parameters
-    as people read them; and rounds to the target."""
+    """By row that ran: bytes (sent, and private at all sites), ranks left, time of its rounds where it has any,
+    FLOPs and trained parameters as people read them; and rounds to the target."""
     found: dict[str, dict[str, Any]] = {}
     for row, one in content["rows"].items():
         own, counts = one["summary"], one.get("costs", {})
@@ -193,7 +193,7 @@ def costs(content: Content) -> dict[str, dict[str, Any]]:
                 "down": size(own["bytes_down"]["mean"]),
                 "private": size(own["private_bytes"]["mean"]) if "private_bytes" in own else "",
                 "ranks": f"{own['rank']['mean']:.2f}" if "rank" in own else "",
-                "time": duration(one["seconds"]["mean"]) if "seconds" in one else "",
+                "time": duration(spent) if (spent := (one.get("seconds") or {}).get("mean")) else "",
                 "flops": f"{counts['flops'] / 1e12:.3g} T" if "flops" in counts else "",
                 "trained": f"{counts['trained']:,}" if "trained" in counts else "",
                 "reached": one.get("reached", {}),
