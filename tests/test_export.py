@@ -133,6 +133,13 @@ def test_a_merged_model_answers_as_the_adapter(
         assert apart(read_by(backbone, AutoModel.from_pretrained(backbone)), own(ours)) > 1e-3
 
 
+def test_logits_near_zero_may_be_off_by_what_the_others_are() -> None:
+    expected = torch.tensor([[-11.0, 0.0], [7.0, 2.0]])
+    off = torch.tensor([[0.0, 0.06], [0.0, 0.0]])
+    assert apart(expected + off, expected) == pytest.approx(0.06 / 12)
+    assert apart(expected * float("nan"), expected) == apart(expected[:1], expected) == float("inf")
+
+
 @pytest.mark.parametrize("adapter", [Bottleneck(width=3), Prompt(), Attention()])
 def test_what_has_no_weights_of_its_own_is_not_merged(adapter: Adapter, served: Callable[[Adapter], Served]) -> None:
     ours = served(adapter)

@@ -290,8 +290,10 @@ def test_the_divergence_is_that_of_the_softmaxes_and_teaches_the_student_alone(s
 # A round, against one written out with torch.optim and a forward for every use.
 
 
-def plain_round(method: FedDLP, site: Site, shared: Shared, n: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """n rounds of one site in which nothing is shared between forwards, and nothing is averaged."""
+def plain_round(
+    method: FedDLP, site: Site, shared: Shared, n: int, tuning: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """n rounds of one site in which nothing is shared between forwards, and nothing is averaged; epochs of tuning."""
     both = {
         "local": {**site.model.init(method.local, site.seed), **site.task.init(site.model.dim, site.seed)},
         "global": dict(shared),
@@ -333,15 +335,19 @@ def plain_round(method: FedDLP, site: Site, shared: Shared, n: int) -> tuple[dic
         ce = (F.cross_entropy(student, own) + F.cross_entropy(student.T, own)) / 2
         return ce + gamma * ((kl(student, teacher) + kl(student.T, teacher.T)) / 2)
 
-    def step(branch: str, value: Tensor) -> None:
+    def step(branch: str, value: Tensor, done: float) -> None:
+        """done: how much of λ's schedule is over, 0 to 1"""
         for optimiser in steps.values():
             optimiser.zero_grad()
+        if branch == "local" and pruning.l1:
+            value = value + pruning.l1 * torch.cat(gates).abs().sum() / sum(map(len, gates))
         value.backward()
         if branch == "local":
+            threshold = (1 - done) * pruning.first + done * pruning.sparsity if done < 1 else pruning.sparsity
             steps["gates"].step()
             with torch.no_grad():
                 for gate in gates:
-                    gate.copy_(pruning.shrunk(gate.detach(), pruning.sparsity))
+                    gate.copy_(pruning.shrunk(gate.detach(), threshold))
         own = factors if branch == "local" else list(leaves["global"].values())
         if site.training.clip is not None:
             order = sorted(range(len(own)), key=lambda i: names[branch][i])
@@ -353,13 +359,18 @@ def plain_round(method: FedDLP, site: Site, shared: Shared, n: int) -> tuple[dic
         "global": list(leaves["global"]),
     }
     for round in range(n):
+        done = 1.0 if pruning.schedule == "constant" else min(1.0, round / pruning.rounds)
         for batch in site.batches(round):
             with torch.no_grad():
                 z_g = logits("global", batch)
-            step("local", loss(logits("local", batch), z_g, method.gamma, batch))
+            step("local", loss(logits("local", batch), z_g, method.gamma, batch), done)
             with torch.no_grad():
                 z_l = logits("local", batch)
-            step("global", loss(logits("global", batch), z_l, method.gamma_shared, batch))
+            step("global", loss(logits("global", batch), z_l, method.gamma_shared, batch), done)
+    for batch in site.batches("fine-tuning", tuning) if tuning else ():
+        with torch.no_grad():
+            z_g = logits("global", batch)
+        step("local", loss(logits("local", batch), z_g, method.gamma, batch), 1.0)
     local, common = ({name: t.detach() for name, t in leaves[branch].items()} for branch in ("local", "global"))
     return local, common
 
@@ -374,14 +385,27 @@ GENTLE = Pruning(sparsity=0.01, lr=0.03, rank=None, schedule="constant")
         (FedDLP(LoRA(rank=3), pruning=GENTLE, gamma=0.7, lr=3e-3), PROMPTS),
         (FedDLP(LoRA(rank=3), pruning=replace(GENTLE, operator="sora"), loss="contrastive"), PROMPTS),
         (replace(FedDLP.official(), caption="the small {} sings"), PROMPTS),  # all of the authors' setting
+        (FedDLP(LoRA(rank=3), pruning=replace(GENTLE, schedule="linear", rounds=3, l1=0.9), gamma=0.7), PROMPTS),
     ],
-    ids=["head", "prompts", "contrastive", "official"],
+    ids=["head", "prompts", "contrastive", "official", "rising"],
 )
 def test_a_round_is_plain_training_with_a_forward_for_every_use_to_the_bit(
     site: Make, tmp_path: Path, method: FedDLP, task: Classification
 ) -> None:
     oxford = site(task=task, training=Training(lr=1e-2, batch=4, clip=0.02))
     held_to_plain_training(method, oxford, tmp_path)
+
+
+def test_gates_take_adam_s_step_whatever_optimiser_the_factors_have(site: Make) -> None:
+    start = drawn(site().model, LoRA(rank=3, gated=True), "start")
+    states = {kind: State(start) for kind in ("adamw", "sgd")}
+    for n in range(5):
+        slope = {name: torch.randn(t.shape, generator=generator("slope", n, name)) for name, t in start.items()}
+        for kind, state in states.items():
+            states[kind] = GENTLE.descending(n)(state, slope, Training(lr=0.1, optimiser=kind, clip=1.0))  # type: ignore[arg-type]
+    adam, sgd = (states[kind].tensors for kind in ("adamw", "sgd"))
+    for name in start:
+        assert torch.equal(adam[name], sgd[name]) == name.endswith("/gate"), name
 
 
 @pytest.mark.parametrize(
@@ -402,44 +426,63 @@ def test_a_round_in_either_tower_or_both_is_plain_training_to_the_bit(
 
 
 def held_to_plain_training(method: FedDLP, site: Site, folder: Path) -> Tensors:
-    """Two rounds of one site, whose mean is that site, against `plain_round`, to the bit; its local adapter."""
+    """Two rounds of one site, whose mean is that site, and its fine-tuning are those of `plain_round` to the bit; its
+    local adapter after the rounds."""
     shared = method.start(site.model, site.task, 1, seed=0)
     after, private, _ = rounds(method, [site], 2, folder)
+    kept = private[site.name]
+    tuned = method.personalise(site, after, kept, 2)
     local, common = plain_round(method, site, shared, 2)
-    own = {**under("local", private[site.name]), **at("head", under("head", private[site.name]))}
-    for found, expected in ((own, local), (after, common)):
+    further, _ = plain_round(method, site, shared, 2, tuning=2)
+    own, own_tuned = ({**under("local", p), **at("head", under("head", p))} for p in (kept, tuned))
+    for found, expected in ((own, local), (after, common), (own_tuned, further)):
         assert found.keys() == expected.keys()
         for name, tensor in found.items():
             assert torch.equal(tensor, expected[name]), name
+    assert same(under("opt/shared", kept), under("opt/shared", tuned))
     return own
 
 
-@pytest.mark.parametrize("pruning", [None, GENTLE], ids=["plain", "gated"])
+def test_fine_tuning_ends_within_the_budget(site: Make, tmp_path: Path) -> None:
+    method, oxford = FedDLP(LoRA(rank=4)), site()
+    shared, private, _ = rounds(method, [oxford], 1, tmp_path)
+    tuned = method.personalise(oxford, shared, private["oxford"], 1)
+    before, after = (sum(ranks(under("local", own)).values()) for own in (private["oxford"], tuned))
+    assert (before, after) == (4 * 6, 2 * 6)  # the budget's schedule begins in the second round
+
+
+@pytest.mark.parametrize("task", [PROMPTS, replace(PROMPTS, head="linear")], ids=["prompts", "head"])
+@pytest.mark.parametrize("pruning", [None, GENTLE, replace(GENTLE, l1=0.9)], ids=["plain", "gated", "l1"])
 def test_a_joint_round_is_plain_training_with_a_forward_for_every_use(
-    site: Make, tmp_path: Path, pruning: Pruning | None
+    site: Make, pruning: Pruning | None, task: Classification
 ) -> None:
     """Both branches go through the model in one pass, which differs from two by rounding."""
-    method = FedDLP(LoRA(rank=3), pruning=pruning, gamma=0.7, temperature=2.0, schedule="joint")
-    oxford = site(task=PROMPTS, training=Training(lr=1e-2, optimiser="sgd", batch=4, clip=0.02))
+    method = FedDLP(
+        LoRA(rank=3), pruning=pruning, gamma=2.8, gamma_shared=0.4, temperature=2.0, schedule="joint", ramp=4
+    )
+    oxford = site(task=task, training=Training(lr=1e-2, optimiser="sgd", batch=4, clip=0.02))
     shared = method.start(oxford.model, oxford.task, 1, seed=0)
     batch = next(oxford.batches(0))
+    fresh = {**oxford.model.init(method.local, 5), **task.init(oxford.model.dim, 5)}
     mine, ours = (
         State({name: t + 0.1 * torch.randn(t.shape, generator=generator("off", name)) for name, t in start.items()})
-        for start in (oxford.model.init(method.local, 5), shared)  # whose B are zero
+        for start in (fresh, shared)  # whose B are zero
     )
     local, common, _ = method._steps(0, oxford, batch, mine, ours)
-    task = oxford.task
+    given = {name: t for name, t in mine.tensors.items() if name.startswith("head/")}
 
     def logits(adapter: LoRA, tensors: Tensors) -> Tensor:
-        return task.logits(oxford.model(batch, adapter, tensors), {})
+        return task.logits(oxford.model(batch, adapter, tensors), {**given, **tensors})
 
     for state, found, adapter, other, gamma in (
-        (mine, local, method.local, (method.shared, ours), method.gamma),
-        (ours, common, method.shared, (method.local, mine), method.gamma_shared),
+        (mine, local, method.local, (method.shared, ours), method.gamma / 4),  # the first of four rounds of its ramp
+        (ours, common, method.shared, (method.local, mine), method.gamma_shared / 4),
     ):
         free = leaves(state.tensors)
         teacher = logits(other[0], other[1].tensors)
         loss = method.lesson.value(task, logits(adapter, free), teacher, gamma, batch)
+        if state is mine and pruning is not None:
+            loss = loss + pruning.l1 * torch.cat([t for name, t in free.items() if name.endswith("gate")]).abs().mean()
         slope = dict(zip(free, torch.autograd.grad(loss, list(free.values())), strict=True))
         step = descend if pruning is None or state is ours else pruning.descending(0)
         for name, tensor in step(state, slope, oxford.training).tensors.items():
@@ -581,7 +624,7 @@ def test_nothing_local_is_sent_unless_both_are_shared(site: Make, tmp_path: Path
 
 def test_a_site_that_comes_late_starts_from_what_is_shared(site: Make, tmp_path: Path) -> None:
     oxford, paris, late = site(), site("paris"), site("late", task=PROMPTS)
-    sites = [replace(one, task=PROMPTS) for one in (oxford, paris)]
+    sites = [replace(one, task=PROMPTS) for one in (oxford, replace(paris, train=paris.train[:4]))]
     batch = whole(late)
     method = FedDLP(LoRA(rank=4))
     shared, _, _ = rounds(method, sites, 2, tmp_path)
@@ -605,6 +648,21 @@ def test_a_site_that_comes_late_starts_from_what_is_shared(site: Make, tmp_path:
         rest = torch.linalg.svdvals(mean[place])[4:].norm()
         torch.testing.assert_close((mean[place] - own["B"] @ own["A"]).norm(), rest, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(served, late.logits(both.adapter, under("local", shared), batch), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", ["global", "both"])
+def test_a_rank_of_its_own_does_not_cut_a_late_site_off(site: Make, tmp_path: Path, share: Any) -> None:
+    late = site("late", task=PROMPTS)
+    sites = [site(name, task=PROMPTS) for name in ("oxford", "paris")]
+    pruning = Pruning(sparsity=0.0, rank=2, schedule="constant")
+    method = FedDLP(LoRA(rank=4), rank=3, share=share, predict_with="local", pruning=pruning)
+    shared, _, _ = rounds(method, sites, 2, tmp_path)
+    wide = replace(late, initial=late.model.init(LoRA(rank=6), 5))  # what `[sites.late] width = 6` gives it
+    as_all, own = (method.serve(one, shared, Private({}))(whole(late)) for one in (late, wide))
+    torch.testing.assert_close(own, as_all, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(own, late.logits(Head(), {}, whole(late)))
+    _, private = method.local_round(2, wide, shared, Private({}))
+    assert sum(ranks(under("local", private)).values()) == 2 * 6  # a budget of two ranks a layer
 
 
 def test_a_site_may_bring_an_adapter_of_its_own_ranks(site: Make, tmp_path: Path) -> None:
@@ -852,7 +910,12 @@ def test_what_is_said_at_the_start(site: Make, caplog: pytest.LogCaptureFixture,
     assert said[1].startswith("[method.pruning] lr 0.001 is not above sparsity 0.001")
     assert len(said) == 2
     caplog.clear()
-    FedDLP().start(oxford.model, PROMPTS, 1, 0)
+    FedDLP(pruning=Pruning(bytes=9000)).start(oxford.model, PROMPTS, 1, 0)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("[method.pruning] rank 0.5 and bytes 9000 are two budgets, which both hold")
+    caplog.clear()
+    for pruning in (Pruning(), Pruning(bytes=9000, rank=None)):
+        FedDLP(pruning=pruning).start(oxford.model, PROMPTS, 1, 0)
     assert not caplog.records
 
 
@@ -920,6 +983,21 @@ def test_a_batch_without_a_pair_teaches_nothing(site: Make) -> None:
 
 
 # Recipes.
+
+
+def test_the_authors_program_is_what_was_read_off_it() -> None:
+    official = FedDLP.official()
+    assert (official.shared.rank, official.local.rank, official.adapter.alpha) == (2, 4, 16.0)
+    assert set(official.adapter.targets) == {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2", "projection"}
+    assert (official.adapter.start, official.adapter.start_gate, official.local.gated) == ("normal", "normal", True)
+    assert (official.gamma, official.gamma_shared, official.temperature, official.ramp) == (0.01, 1.0, 3.0, 0)
+    assert (official.loss, official.caption, official.schedule) == ("contrastive", "a photo of a {}", "alternating")
+    assert (official.moments, official.share, official.aggregation) == ("kept", "global", "factors")
+    assert (official.predict_with, official.lr) == ("local", None)
+    pruning = official.pruning
+    assert pruning is not None
+    assert (pruning.sparsity, pruning.operator, pruning.schedule, pruning.l1) == (5e-5, "sora", "constant", 0.0)
+    assert (pruning.rank, pruning.bytes, pruning.compact) == (None, None, False)  # no rank ever leaves
 
 
 def test_the_authors_program_is_a_preset(recipe: Path) -> None:

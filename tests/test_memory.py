@@ -104,4 +104,5 @@ def test_two_adapters_are_not_two_models(tmp_path: Path) -> None:
     (single, sent), (dual, both) = memory.values()
     assert both > 2 * sent > 0
     allowed = single + both - sent
-    assert dual < 1.3 * allowed, f"{dual / 1e6:.0f} MB against {allowed / 1e6:.0f} MB"
+    # 1.02 was measured. Two models come to less than the promised 1.3: Python and its libraries are in both figures.
+    assert dual < 1.15 * allowed, f"{dual / 1e6:.0f} MB against {allowed / 1e6:.0f} MB"

@@ -1,7 +1,9 @@
 """Named tensors: the mean's laws, frames that come back as they went, randomness that depends on its key alone."""
 
 import math
+from pathlib import Path
 
+import mypy.api
 import pytest
 import torch
 from hypothesis import given, settings
@@ -215,3 +217,16 @@ def test_randomness_is_a_function_of_its_key() -> None:
     assert torch.equal(draw(1, "oxford", 2), first)
     keys = [(1, "oxford", 3), (1, "oxfor", "d2"), (1, "oxford", "2"), ("1", "oxford", 2), (1, "oxford")]
     assert not any(torch.equal(draw(*key), first) for key in keys)
+
+
+@pytest.mark.slow
+def test_private_tensors_in_an_update_are_an_error_of_types(tmp_path: Path) -> None:
+    for what, said in (("shared", ""), ("private", 'incompatible type "Private"; expected "Shared"')):
+        (tmp_path / "own.py").write_text(
+            "from fedloom.site import Update\n"
+            "from fedloom.tensors import Private, Shared\n"
+            "def sent(shared: Shared, private: Private) -> Update:\n"
+            f"    return Update({what}, 1.0, 1)\n"
+        )
+        out, _, code = mypy.api.run(["--strict", str(tmp_path / "own.py")])
+        assert (code, said in out) == (bool(said), True), out

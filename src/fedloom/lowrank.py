@@ -104,8 +104,13 @@ def summed(own: Tensors, given: Tensors, ratio: float) -> dict[str, Tensor]:
 
 def opened(tensors: Tensors) -> dict[str, Tensor]:
     """A LoRA with gates that let all through, where it has none yet."""
-    gates = {f"{place}/gate": torch.ones(len(own["A"])) for place, own in by_place(tensors).items()}
-    return {**gates, **tensors}
+    own = by_place(tensors).items()
+    return {**tensors, **{f"{place}/gate": torch.ones(len(ls["A"])) for place, ls in own if "gate" not in ls}}
+
+
+def adds(tensors: Tensors) -> bool:
+    """Whether a LoRA changes anything: at its start, where B is zero, it does not."""
+    return any(bool(leaves["B"].any()) for leaves in by_place(tensors).values())
 
 
 def rank(tensors: Tensors) -> int:

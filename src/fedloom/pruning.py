@@ -32,7 +32,8 @@ Share: TypeAlias = Annotated[float, Gt(0), Lt(1)]
 class Pruning:
     r"""How ranks die.
 
-    After each step of the gates, at a learning rate of their own and unclipped, comes the proximal step of λ‖g‖_1:
+    Gates take Adam's step, whatever optimiser the rest has, at a learning rate of their own and unclipped. After each
+    comes the proximal step of λ‖g‖_1:
 
     .. math:: g \leftarrow \mathrm{sign}(g) \max(|g| - \lambda, 0)
 
@@ -42,15 +43,16 @@ class Pruning:
     An Adam step moves a gate by about `lr`: with λ above it, useful gates die with the others.
 
     A budget keeps the ranks of greatest ‖A_i‖ |g_i| ‖B_i‖, the norm of what rank i adds, among all layers: `rank` a
-    layer in the mean, a number or a share of those at the start, or as many as go into `bytes` of adapter (float32).
-    How many gates λ kills depends on how many steps there are, 1/λ at least; what a budget leaves does not.
+    layer in the mean, a number or a share of those at the start, and as many as go into `bytes` of adapter (float32);
+    where both are set, both hold. How many gates λ kills depends on how many steps there are: one that Adam does not
+    move dies after 1/λ of them, one that it draws down, earlier. What a budget leaves does not.
     """
 
     sparsity: Strength = 5e-3  # λ, a step
     lr: Rate = 1e-2  # of the gates
     operator: Literal["soft", "sora"] = "soft"
     l1: Strength = 0.0  # times the mean |g|, in the loss (SoRA: 10)
-    rank: Share | Positive | None = 0.5  # at most so many ranks a layer
+    rank: Share | Positive | None = 0.5  # at most so many ranks a layer, in the mean
     bytes: Positive | None = None  # at most so many bytes of adapter
     schedule: Literal["constant", "linear", "log-linear"] = "linear"  # of λ; of a budget linear where not constant
     first: Rate = 1e-6  # λ in the first round of a schedule
@@ -65,6 +67,11 @@ class Pruning:
                 "useful ranks die with the others; raise lr, or lower sparsity.",
                 self.lr,
                 self.sparsity,
+            )
+        if self.rank is not None and self.bytes is not None:
+            log.warning(
+                "[method.pruning] rank %g and bytes %d are two budgets, which both hold; rank = 'none' leaves one.",
+                *(self.rank, self.bytes),
             )
 
     def progress(self, round: int | str) -> float:
@@ -91,7 +98,8 @@ class Pruning:
 
         def step(state: State, slope: Tensors, training: Training) -> State:
             gates = [f"{place}/gate" for place, own in by_place(slope).items() if "gate" in own]
-            moved = descend(state, only(gates, slope), replace(training, lr=self.lr, clip=None))
+            adam = replace(training, optimiser="adamw", lr=self.lr, clip=None)
+            moved = descend(state, only(gates, slope), adam)
             shrunk = {name: self.shrunk(moved.tensors[name], self.threshold(round)) for name in gates}
             others = {name: g for name, g in slope.items() if name not in shrunk}
             return descend(State({**moved.tensors, **shrunk}, moved.moments), others, training)

@@ -90,7 +90,7 @@ def descend(state: State, slope: Tensors, training: Training) -> State:
             name: state.tensors[name] - training.lr * (g + _decay(g, training) * state.tensors[name])
             for name, g in slope.items()
         }
-        return State({**state.tensors, **detached(moved)})
+        return State({**state.tensors, **detached(moved)}, state.moments)
     return _adamw(state, slope, training)
 
 

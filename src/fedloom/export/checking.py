@@ -34,7 +34,7 @@ class Check:
     site: str
     form: str
     part: str  # of a blend, else empty
-    apart: float  # the largest difference, as a part of 1 + |logit|; infinite where it cannot be asked
+    apart: float  # the largest difference, as a part of 1 + the largest |logit|; infinite where it cannot be asked
     tolerance: float
     why: str = ""  # it cannot be asked
 

@@ -24,9 +24,9 @@ TEXTS = (
     "is there anything unusual in the upper left part of the picture?",
     "none",
 )
-# By form, in float32: how far logits may be apart, absolute and beside their own size.
+# By form, in float32: how far logits may be apart, absolute and beside the largest.
 TOLERANCE: Mapping[str, float] = {"peft": 1e-5, "merged": 1e-5, "onnx": 1e-4}
-COARSE = 5e-2  # of a backbone in bfloat16, whose products have 8 bits; what is merged or a graph computes in float32
+COARSE = 2e-2  # of a backbone in bfloat16, whose products have 8 bits; what is merged or a graph computes in float32
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def tolerance(form: str, dtype: str) -> float:
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a part of 1 + |expected|: what a tolerance bounds. Infinite where shapes differ."""
+    """The largest difference, as a part of 1 + the largest |expected|: what a tolerance bounds. Infinite where shapes
+    differ. Rounding is that of sums, whose summands a logit near zero has as large as any other."""
     if found.shape != expected.shape:
         return float("inf")
-    return float(((found - expected).abs() / (1 + expected.abs())).nan_to_num(float("inf")).max())
+    return float(((found - expected).abs().max() / (1 + expected.abs().max())).nan_to_num(float("inf")))

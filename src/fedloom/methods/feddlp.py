@@ -101,6 +101,9 @@ class FedDLP:
         task's template. γ_l is for the image tower, where theirs is 0.001 to 0.1; for the text tower it is 1 to 10.
         What a recipe says beside it: lr 5e-5 (theirs is 1e-5 to 5e-5; the gates' too, so that it is not above λ, of
         which a warning speaks), epochs 1, batch 32, clip 1.0, no weight decay, 101 rounds, all sites in each.
+
+        To follow it step by step: a `local_round` of a site whose training data are one batch is one step of each
+        adapter, from A and B in `shared` and local/PLACE/A, B and gate in `private`, and returns all of them.
         """
         return cls(
             adapter=LoRA(rank=4, alpha=16.0, targets=LAYERS, start="normal", start_gate="normal"),
@@ -250,17 +253,14 @@ class FedDLP:
         return State({**self._local(site, shared, private), **head(site, private)}, under("opt/local", private))
 
     def _local(self, site: Site, shared: Shared, private: Private) -> dict[str, Tensor]:
-        """The site's local adapter; where it has none, what it brings, or one that does what the shared one does."""
+        """The site's local adapter; where it has none that does anything, one that does what the shared one does."""
         if own := under("local", private):
             return own
-        if site.initial:
-            return lowrank.opened(site.initial) if self.local.gated else dict(site.initial)
-        fresh = site.model.init(self.local, site.seed)
-        if self.share == "both":
-            return lowrank.filled(fresh, lowrank.products(under("local", shared)))
-        if self.predict_with == "both":
-            return fresh  # or the two together would do it twice
-        return lowrank.filled(fresh, lowrank.products(shared, self._ratio))
+        fresh = site.initial or site.model.init(self.local, site.seed)
+        fresh = lowrank.opened(fresh) if self.local.gated else dict(fresh)
+        if lowrank.adds(fresh) or (self.predict_with == "both" and self.share == "global"):
+            return fresh  # it was brought; or the two together would do it twice
+        return lowrank.filled(fresh, lowrank.products(under("local", shared)) or lowrank.products(shared, self._ratio))
 
     def _predictor(self, site: Site, shared: Shared, own: Tensors, blend: float) -> Callable[[Batch], Tensor]:
         """`blend`: the local branch's part of the logits."""
