@@ -194,13 +194,14 @@ def _last(own: Cell, task: str) -> float | None:
 
 
 def _costs(recipe: Recipe, watch: Watch) -> Mapping[str, Any]:
-    """FLOPs of all steps and trained parameters of a site (the one with most), or why they cannot be counted."""
+    """FLOPs of the whole training of all sites, and trained parameters of a site (the one with most), or why they
+    cannot be counted."""
 
     def count(recipe: Recipe, folder: Path, watch: Watch) -> dict[str, int]:
         from fedloom.estimate import estimate
 
         counted = estimate(recipe)
-        return {"flops": counted.flops * counted.steps, "trained": counted.trained[1]}
+        return {"flops": counted.flops_training, "trained": counted.trained[1]}
 
     found = attempt(count, recipe, Path(), watch)
     return {"uncounted": found} if isinstance(found, str) else found

@@ -2,19 +2,23 @@
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import torch
 
 from fedloom.assembly import Federation, assemble, planned
 from fedloom.engines.local import Participant
-from fedloom.federation import site_evaluate, visible
+from fedloom.errors import UpdateError
+from fedloom.federation import admit, site_evaluate, visible
+from fedloom.flops import Count, counted, of_cache
 from fedloom.lineage import peak
+from fedloom.methods import Method
 from fedloom.recipe import Recipe
 from fedloom.report.figures import duration, on_the_wire, size
-from fedloom.site import Update
+from fedloom.site import Answer, Update
 from fedloom.tensors import Private, Shared, at, shapes, to_bytes, under, without
 
 STEPS = 3  # that are timed
@@ -29,6 +33,7 @@ class Estimate:
     steps: int  # of the optimiser, at all sites
     trained: tuple[int, int]  # parameters: of the site that trains fewest, and of the one that trains most
     flops: int  # of the largest step: matrix products, convolutions and attention, forward and backward
+    flops_training: int  # of all that sites compute to train by the method; without references and newcomers
     seconds: float
     memory: int  # bytes, at most, of this process
     disk: int  # bytes of checkpoints and private states
@@ -46,6 +51,7 @@ class Estimate:
             f"steps     {self.steps}",
             f"trained   {' to '.join(f'{n:,}' for n in sorted(set(self.trained)))} parameters a site",
             f"step      {self.flops / 1e9:,.3g} GFLOP",
+            f"training  {self.flops_training / 1e12:,.3g} TFLOP",
             f"time      {duration(self.seconds)}",
             *(f"{name:<10}{size(n)}" for name, n in sizes.items()),
             f"wire      {on_the_wire(self.bytes_site)}",
@@ -60,8 +66,8 @@ class _Measured:
     step: float  # seconds
     look: float  # seconds an example
     trained: int
-    flops: int
     update: Update
+    private: Private
     up: int  # bytes
     state: int  # bytes that it keeps after a round
     alone: int  # bytes of the adapter and the head of a site that sends nothing
@@ -83,6 +89,7 @@ def estimate(recipe: Recipe) -> Estimate:
         largest[_kind(own)] = own
     with _no_warnings():  # of sites that hold nothing out, as none does here
         kinds = {kind: _measured(federation, own, shared, wire.given(first)) for kind, own in largest.items()}
+        flops, flops_training = _flops(federation, shared, largest, {kind: one.private for kind, one in kinds.items()})
     measured = {name: kinds[_kind(own)] for name, own in participants.items()}
     # Fresh adapters are half zeros, which pack better than what comes down after the first round.
     trained = {
@@ -111,7 +118,8 @@ def estimate(recipe: Recipe) -> Estimate:
         rounds=schedule.rounds,
         steps=sum(steps.values()) * trainings,
         trained=(min(one.trained for one in kinds.values()), max(one.trained for one in kinds.values())),
-        flops=max(one.flops for one in kinds.values()),
+        flops=flops,
+        flops_training=flops_training,
         seconds=sum(steps[name] * trainings * one.step + looks[name] * one.look for name, one in measured.items()),
         memory=peak(),
         disk=len(to_bytes(shared)) * checkpoints + kept,
@@ -146,8 +154,8 @@ def _measured(federation: Federation, own: Participant, shared: Shared, given: S
         step=step,
         look=_time_of_a_look(federation, own, shared),
         trained=_trained(update, private),
-        flops=_flops(federation, own, shared),
         update=update,
+        private=private,
         up=len(sent),
         state=len(to_bytes({**private, **at("wire", left)})),
         alone=len(to_bytes({**adapter, **own.site.initial, **own.site.task.init(federation.model.dim, 0)})),
@@ -179,16 +187,54 @@ def _trained(update: Update, private: Private) -> int:
     return sum(tensor.numel() for part in (sent, own, under("head", private)) for tensor in part.values())
 
 
-def _flops(federation: Federation, own: Participant, shared: Shared) -> int:
-    """Counted while a site trains on one batch, after a first pass."""
-    from torch.utils.flop_counter import FlopCounterMode
+def _flops(
+    federation: Federation,
+    shared: Shared,
+    largest: Mapping[object, Participant],
+    trained: Mapping[object, Private],
+) -> tuple[int, int]:
+    """FLOPs of the largest step, and of all that sites compute in all rounds, once for fine-tuning and once for what
+    `cache` keeps, as counted at the largest site of each kind.
 
-    training = replace(own.site.training, epochs=1, warmup_head=0)
-    nothing = own.site.held_out[:0]  # on which a method may choose once a round
-    site = replace(own.site, train=own.site.train[: training.batch], held_out=nothing, training=training)
-    with FlopCounterMode(display=False) as counter:
-        federation.method.local_round(0, site, visible(shared), Private({}))
-    return int(counter.get_total_flops())
+    Of rounds the first and the second are counted, and the others taken to be as the second: ranks that are pruned on
+    the way save hardly any arithmetic, which is the backbone's. A site's second round goes on from what is `trained`,
+    with what the server makes of all sites' first.
+    """
+    method, schedule = federation.method, federation.schedule
+    kinds = {name: _kind(own) for name, own in federation.participants.items()}
+    began = {
+        kind: counted(lambda site: method.local_round(0, site, visible(shared), Private({})), own.site)
+        for kind, own in largest.items()
+    }
+    given = visible(_aggregated(method, shared, {name: began[kind][1][0] for name, kind in kinds.items()}))
+    further = {kind: _further(federation, own, given, trained[kind]) for kind, own in largest.items()}
+    total = 0.0
+    asked = Counter(name for round in range(schedule.rounds) for name in schedule.asked(round))
+    for name, own in federation.participants.items():
+        (first, _), (later, once), rounds = began[kinds[name]], further[kinds[name]], asked[name]
+        total += (first.of(own.site) + (rounds - 1) * later.of(own.site) if rounds else 0.0) + once.of(own.site)
+    return round(max(began[kind][0].step(own.site) for kind, own in largest.items())), round(total)
+
+
+def _further(federation: Federation, own: Participant, given: Shared, private: Private) -> tuple[Count, Count]:
+    """FLOPs of a site's second round, and of what it does once: fine-tuning, and what is kept of its examples."""
+    method, recipe = federation.method, federation.recipe
+    later, tuned, epochs = Count(), Count(), recipe.training.finetune
+    if federation.schedule.rounds > 1:
+        later, _ = counted(lambda site: method.local_round(1, site, given, private), own.site)
+    if epochs:
+        tuned, _ = counted(lambda site: method.personalise(site, given, private, epochs), own.site)
+    return later, tuned + (of_cache(own.site, method.adapter) if recipe.backbone.cache else Count())
+
+
+def _aggregated(method: Method, shared: Shared, updates: Mapping[str, Update]) -> Shared:
+    """What the server makes of these sites' updates, or of those that it admits."""
+    answers = []
+    for name, update in updates.items():
+        with suppress(UpdateError):
+            admit(answer := Answer(name, update), shared, method)
+            answers.append(answer)
+    return method.aggregate(shared, answers)[0] if answers else shared
 
 
 def _time_of_a_look(federation: Federation, own: Participant, shared: Shared) -> float:
