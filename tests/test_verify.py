@@ -1,6 +1,7 @@
 """Rules that are exact are told so, and the faults of published programs, put into them by hand, are caught."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -8,10 +9,14 @@ import torch
 from torch import Tensor
 
 import fedloom as package
+from fedloom.adapters import Everything, LoRA
 from fedloom.errors import LawError, MethodError, RecipeError, UpdateError
+from fedloom.finding import table
 from fedloom.lowrank import Factors
-from fedloom.methods import FedAvg, FedDLP, FedExLoRA, FlexLoRA, FLoRA, Partial
-from fedloom.verify import Rule, assert_aggregation, findings, mean_of_products, named, table
+from fedloom.methods import FedAvg, FedDLP, FedExLoRA, FedPIA, FlexLoRA, FLoRA, Partial
+from fedloom.site import Answer
+from fedloom.tensors import Shared
+from fedloom.verify import Rule, assert_aggregation, findings, mean_of_products, named, told
 
 Shares = Sequence[float]
 
@@ -195,6 +200,76 @@ def test_the_table_says_what_it_comes_to() -> None:
     said = table(findings(FedAvg()))
     assert "unequal ranks: refused: cannot average" in said
     assert said.endswith("Not exact in: mean of products, permuted units, rotated units, scaled units.")
+
+
+@pytest.mark.parametrize("row", ["full", "fedavg-adapter", "fedavg-norms", "fedavg-head", "fedclip", "promptfl"])
+def test_a_mean_of_weights_is_judged_as_one(row: str) -> None:
+    method = named(row)
+    assert not isinstance(method.adapter, LoRA)
+    found = findings(method)
+    assert table(found).endswith("Exact: the mean of weights in everything that it answers.")
+    assert found[0].name == "mean of weights"
+    assert_aggregation(method)
+    assert "no product of two factors" in str(told(method))
+
+
+def test_a_mean_of_weights_that_is_none_is_caught() -> None:
+    @dataclass(frozen=True)
+    class Unweighted(FedAvg):
+        def aggregate(self, shared: Shared, answers: Iterable[Answer]) -> Any:
+            return super().aggregate(shared, [replace(a, update=replace(a.update, weight=1.0)) for a in answers])
+
+    wrong = {finding.name for finding in findings(Unweighted(Everything())) if not finding.within(False)}
+    assert wrong == {"mean of weights", "weights", "order of sites"}
+    with pytest.raises(LawError, match="'mean of weights'"):
+        assert_aggregation(Unweighted(Everything()))
+
+
+def test_a_lora_in_place_of_another_adapter_is_told() -> None:
+    assert told(FedAvg()) is None
+    assert told(FedPIA()) == "Of a LoRA in place of the method's own Bottleneck, which is no product of two factors."
+    with pytest.raises(MethodError, match="FedAvg of Head sends no weights that are averaged"):
+        findings(named("linear-probe"))
+
+
+def test_what_answers_nothing_is_not_exact(fedloom: Callable[..., tuple[int, str, str]]) -> None:
+    def broken(*_: object) -> Tensor:
+        raise ZeroDivisionError("shares")
+
+    assert table(findings(broken)).endswith("It answers nothing, and nothing can be said of it.")
+
+    def half(W: Tensor, factors: Sequence[Factors], shares: Shares, scale: float) -> Tensor:
+        if len(factors) == 1:
+            raise ValueError("a single site")
+        return stacked(W, factors, shares, scale)
+
+    assert table(findings(half)).endswith("in everything that it answers. It fails in: one site.")
+    code, out, err = fedloom("verify-aggregation", f"{__name__}:Broken")
+    assert (code, "mean of products: ZeroDivisionError: shares" in out) == (2, True)
+    assert "fails in mean of products, one site" in err
+
+
+@dataclass(frozen=True)
+class Broken(FedAvg):
+    """A method of one's own, that cannot aggregate."""
+
+    def aggregate(self, shared: Shared, answers: Iterable[Answer]) -> Any:
+        raise ZeroDivisionError("shares")
+
+
+@dataclass(frozen=True)
+class Unstarted(FedAvg):
+    def start(self, *_: object) -> Shared:
+        raise ValueError("no start")
+
+
+def test_a_method_of_ones_own_is_verified(fedloom: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = fedloom("verify-aggregation", "fedloom.methods.flora:FLoRA")
+    assert (code, "Exact: the mean of products" in out) == (0, True)
+    code, _, err = fedloom("verify-aggregation", "nowhere.at_all:Mine")
+    assert (code, "cannot be imported" in err) == (2, True)
+    code, _, err = fedloom("verify-aggregation", f"{__name__}:Unstarted")
+    assert (code, "Unstarted fails in start: ValueError: no start." in err) == (2, True)
 
 
 def test_the_command(fedloom: Callable[..., tuple[int, str, str]]) -> None:

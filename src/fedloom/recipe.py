@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,7 +187,8 @@ def _recipe(table: Table, file: str) -> Recipe:
         raise RecipeError(f"{where} needs [data] and [task], or [groups.NAME] with a data and a task each.")
     if ("data" in table) != ("task" in table):
         raise RecipeError(f"{where} has no [{'task' if 'data' in table else 'data'}].")
-    name, method = _method(convert(Mapping[str, Any], table.get("method", {}), "method", where), where.inside("method"))
+    asked = convert(Mapping[str, Any], table.get("method", {}), "method", where)
+    name, method = method_of(asked, where.inside("method"))
     recipe = Recipe(name, method, **sections, file=file)
     for row in recipe.compare:
         if row != TUNE:
@@ -205,7 +206,8 @@ class _Choice:
     preset: str | None = None
 
 
-def _method(table: Table, where: Where) -> tuple[str, Any]:
+def method_of(table: Table, where: Where) -> tuple[str, Any]:
+    """The name of a method and the method, of the keys of [method]. Raises RecipeError."""
     choice = build(_Choice, {key: table[key] for key in ("name", "preset") if key in table}, where)
     cls = _class(choice.name, where)
     presets = {name: getattr(cls, name) for name, member in vars(cls).items() if isinstance(member, classmethod)}
@@ -215,17 +217,22 @@ def _method(table: Table, where: Where) -> tuple[str, Any]:
     return choice.name, build(cls, {key: table[key] for key in table if key not in ("name", "preset")}, where, base)
 
 
+def plugins() -> Mapping[str, EntryPoint]:
+    """The methods that installed packages bring, by name: entry points of the group fedloom.methods."""
+    return {plugin.name: plugin for plugin in entry_points(group="fedloom.methods")}
+
+
 def _class(name: str, where: Where) -> type:
     """The method of a name: a key of METHODS, an entry point of the group fedloom.methods, or package.module:Class."""
     from fedloom.methods import METHODS
 
-    plugins = {plugin.name: plugin for plugin in entry_points(group="fedloom.methods")}
+    others = plugins()
     module, _, attribute = name.partition(":")
-    if name not in METHODS and name not in plugins and not attribute:
-        raise RecipeError(f"unknown method '{name}' in {where}{guess(name, [*METHODS, *plugins])}")
+    if name not in METHODS and name not in others and not attribute:
+        raise RecipeError(f"unknown method '{name}' in {where}{guess(name, [*METHODS, *others])}")
     try:
         cls: Any = METHODS.get(name) or (
-            plugins[name].load() if name in plugins else getattr(import_module(module), attribute)
+            others[name].load() if name in others else getattr(import_module(module), attribute)
         )
     except Exception as error:  # importing code that is not ours can fail in any way
         raise RecipeError(

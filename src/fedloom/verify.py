@@ -16,25 +16,28 @@ A method is measured end to end: on a model of one layer, from the updates of si
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from typing import Any, NoReturn, TypeAlias
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fedloom import averaged
 from fedloom.adapters import LoRA
 from fedloom.backbones.adaptable import Adaptable
 from fedloom.backbones.batches import Batch, Features
 from fedloom.data import Dataset
-from fedloom.errors import DataError, FedloomError, LawError, MethodError, RecipeError, UpdateError
+from fedloom.errors import DataError, LawError, MethodError, RecipeError
 from fedloom.federation import visible
+from fedloom.finding import Finding, asked
 from fedloom.lowrank import Factors
 from fedloom.methods import METHODS, Method, Pooled
 from fedloom.places import Place
+from fedloom.recipe import method_of, plugins
 from fedloom.rows import ROWS
 from fedloom.site import Answer, Site, Update
-from fedloom.tables import Where, build, guess
+from fedloom.tables import Where, guess
 from fedloom.tasks import Ranking
 from fedloom.tensors import Private, Shared, Tensors, generator, of_model, under, without
 from fedloom.training import Training
@@ -43,26 +46,6 @@ Rule: TypeAlias = Callable[[Tensor, Sequence[Factors], Sequence[float], float], 
 
 OUT, IN = 40, 32  # of the layer: unlike, so that a transpose does not fit
 SCALE = 2.5  # α/r: not one, so that it cannot be forgotten
-TOLERANCE = 1e-4  # of what the mean adds: float32 is 1e-7
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was asked of a rule."""
-
-    name: str
-    error: float | None  # of what the mean adds to the weight; None: the rule did not answer
-    best: float  # the least error at the sites' largest rank; 0 where nothing need be lost
-    said: str = ""  # why it did not answer
-
-    def within(self, limited: bool) -> bool:
-        """Whether the error is no larger than it must be, for a rule of limited rank or for any."""
-        return self.error is not None and self.error <= (self.best if limited else 0.0) + TOLERANCE
-
-    @property
-    def refused(self) -> bool:
-        """Whether the rule said that it cannot."""
-        return self.error is None and self.said.startswith("refused: ")
 
 
 def assert_aggregation(rule: Rule | Method, ranks: Sequence[int] = (4, 8, 16), rank_limited: bool = False) -> None:
@@ -86,11 +69,15 @@ def findings(rule: Rule | Method, ranks: Sequence[int] = (4, 8, 16), seed: int =
     """Every check of a rule: of means (`mean of products`, `one site`, `equal sites`, `weights`, `unequal ranks`), and
     of what should change nothing (`order of sites`, `permuted`, `rotated`, `scaled` units).
 
+    A method whose adapter is no LoRA is held to the mean of its weights (`fedloom.averaged`).
+
     raises MethodError: a method that shares no whole LoRA, and so has no mean of products
     """
     _checked(ranks)
     common = False
     if not callable(rule):
+        if not as_lora(rule):
+            return averaged.averages(rule, seed)
         common, rule = _common(rule), rule_of(rule)
     return list(_findings(rule, ranks, common, seed))
 
@@ -113,7 +100,7 @@ def _findings(rule: Rule, ranks: Sequence[int], common: bool, seed: int) -> Iter
         true = mean_of_products(factors, weights)
         size, rank = true.norm(), max(A.shape[0] for _, A in factors)
         best = float(torch.linalg.svdvals(true)[rank:].square().sum().sqrt() / size)
-        return _asked(name, lambda: (_answer(rule, W, factors, weights) - true).norm() / size, best)
+        return asked(name, lambda: (_answer(rule, W, factors, weights) - true).norm() / size, best)
 
     yield off("mean of products", alike, weights)
     yield off("one site", alike[:1], weights[:1])
@@ -130,7 +117,7 @@ def _findings(rule: Rule, ranks: Sequence[int], common: bool, seed: int) -> Iter
             change: Tensor = (after - before).norm() / mean_of_products(alike, weights).norm()
             return change
 
-        yield _asked(name, moved, 0.0)
+        yield asked(name, moved, 0.0)
     yield off("unequal ranks", unlike, weights)
 
 
@@ -141,35 +128,30 @@ def mean_of_products(factors: Sequence[Factors], weights: Sequence[float]) -> Te
 
 
 def named(name: str) -> Method:
-    """The method, or the row of a comparison, of a name."""
-    row = ROWS.get(name, {"method": {"name": name}})
-    table = {key: value for key, value in row.get("method", {}).items() if key not in ("name", "preset", "adapter")}
-    if (key := row["method"]["name"]) not in METHODS:
-        raise RecipeError(f"there is no method or row '{name}'{guess(name, dict.fromkeys([*METHODS, *ROWS]))}")
-    cls: Any = METHODS[key]
-    base = getattr(cls, row["method"]["preset"])() if "preset" in row["method"] else None
-    made: Method = build(cls, table, Where("verify-aggregation"), base)
-    return made
+    """The method, or the row of a comparison, of a name; a method of one's own as package.module:Class."""
+    if name not in ROWS and name not in (known := [*METHODS, *plugins()]) and ":" not in name:
+        raise RecipeError(f"there is no method or row '{name}'{guess(name, dict.fromkeys([*known, *ROWS]))}")
+    method: Method
+    _, method = method_of(ROWS.get(name, {"method": {"name": name}})["method"], Where("verify-aggregation"))
+    return method
 
 
-def table(found: Sequence[Finding]) -> str:
-    """Findings in columns, and what they come to."""
-    wide = max(len(finding.name) for finding in found)
-    lines = [f"{'':<{wide}}  {'relative error':>14}  attainable"]
-    for finding in found:
-        error = "none" if finding.error is None else f"{finding.error:.2e}"
-        lines.append(f"{finding.name:<{wide}}  {error:>14}  {finding.best:>10.2e}")
-    lines += ["", *(f"{finding.name}: {finding.said}" for finding in found if finding.error is None)]
-    inexact = [finding for finding in found if finding.error is not None and not finding.within(False)]
-    wrong = [finding.name for finding in inexact if not finding.within(True)]
-    if wrong:
-        verdict = f"Not exact in: {', '.join(wrong)}."
-    elif inexact:
-        must = ", ".join(finding.name for finding in inexact)
-        verdict = f"As exact as its rank allows: it loses what any rule of that rank must in {must}."
-    else:
-        verdict = "Exact: the mean of products in everything that it answers."
-    return "\n".join([*lines, verdict])
+def as_lora(method: Any) -> bool:
+    """Whether a method is asked for a mean of products: of a LoRA, its own or in place of the adapter that it has by
+    default; one that was given to it is judged as it is."""
+    own = [part.default_factory for part in fields(method) if part.name == "adapter"]
+    default = own[0]() if own and callable(own[0]) else method.adapter
+    return isinstance(method.adapter, LoRA) or method.adapter == default
+
+
+def told(method: Method) -> str | None:
+    """What a person should know of what is verified; None where it is the method's own LoRA."""
+    if not as_lora(method):
+        return averaged.told(method)
+    if isinstance(method.adapter, LoRA):
+        return None
+    name = type(method.adapter).__name__
+    return f"Of a LoRA in place of the method's own {name}, which is no product of two factors."
 
 
 # A method as a rule.
@@ -244,7 +226,7 @@ def _common(method: Method) -> bool:
     if isinstance(method, Pooled):
         raise MethodError("Pooled trains at one place and aggregates nothing: there is nothing to verify.")
     own, site = _on_one_layer(method, 2, SCALE, torch.zeros(OUT, IN))
-    shared = visible(own.start(site.model, site.task, 2, 0))
+    shared = visible(averaged.started(own, site, 2))
     sent, given = ({name.rpartition("/")[2] for name in part} for part in (of_model(shared), under("given", shared)))
     if "B" not in sent or "A" not in sent | given:
         raise MethodError(
@@ -289,17 +271,6 @@ def _answer(rule: Rule, W: Tensor, factors: Sequence[Factors], weights: Sequence
     if answer.shape != W.shape:
         raise LawError(f"it returned {tuple(answer.shape)}, expected {tuple(W.shape)} = (out, in)")
     return (answer.double() - W.double()) / SCALE
-
-
-def _asked(name: str, error: Callable[[], Tensor], best: float) -> Finding:
-    try:
-        return Finding(name, float(error()), best)
-    except UpdateError as e:
-        return Finding(name, None, best, f"refused: {e}")
-    except FedloomError as e:
-        return Finding(name, None, best, str(e))
-    except Exception as e:  # code that is not ours can fail in any way
-        return Finding(name, None, best, f"{type(e).__name__}: {e}")
 
 
 def _checked(ranks: Sequence[int]) -> None:

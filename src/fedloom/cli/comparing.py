@@ -7,7 +7,7 @@ import typer
 
 from fedloom.cli.app import app
 from fedloom.cli.options import ProtocolFile, RecipeName, Settings, Tune, Workers, folded, loaded
-from fedloom.errors import RunError
+from fedloom.errors import LawError, RunError
 
 
 @app.command(epilog="Example: fedloom compare quickstart --methods fedavg,local,linear-probe --seeds 5")
@@ -114,17 +114,26 @@ def suite(
 
 @app.command("verify-aggregation", epilog="Example: fedloom verify-aggregation flexlora --ranks 4,8,16")
 def verify_aggregation(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="A method, or a row of every comparison: ffa-lora.")],
+    method: Annotated[
+        str, typer.Argument(metavar="METHOD", help="A method (or its package.module:Class), or a row: ffa-lora.")
+    ],
     ranks: Annotated[
         str, typer.Option("--ranks", metavar="R,R,...", help="A site of each; of the first where all have one rank.")
     ] = "4,8,16",
 ) -> None:
-    """How far a method's merged LoRA is from the mean of what its sites added, and what is attainable."""
-    from fedloom.verify import findings, named, table
+    """How far what a method merges is from the mean of what its sites learnt, and what is attainable."""
+    from fedloom.finding import table
+    from fedloom.verify import findings, named, told
 
     try:
         numbers = [int(rank) for rank in ranks.split(",")]
     except ValueError:
         raise RunError(f"--ranks is '{ranks}'; expected numbers with commas between them: 4,8,16.") from None
-    for line in table(findings(named(method), numbers)).splitlines():
+    own = named(method)
+    found = findings(own, numbers)
+    if about := told(own):
+        print(f"{folded(about)}\n")
+    for line in table(found).splitlines():
         print(folded(line))
+    if failed := [finding.name for finding in found if finding.failed]:
+        raise LawError(f"{method} fails in {', '.join(failed)}: why stands above; expected a merge or an UpdateError.")
