@@ -285,10 +285,11 @@ torch.save(found, "found.pt")
 """
 
 
+@pytest.mark.parametrize("task", [{}, {"task.head": "prompts", "task.template": "{} of {kind}"}], ids=str)
 def test_the_code_of_the_card_answers_as_the_federation_without_fedloom(
-    made: Callable[..., Run], tmp_path: Path
+    task: dict[str, str], made: Callable[..., Run], tmp_path: Path
 ) -> None:
-    done = made()
+    done = made(**task)
     (folder,) = export(done, tmp_path / "to", ["rome"])
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
     (folder / "code.py").write_text(code)

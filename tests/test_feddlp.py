@@ -948,6 +948,12 @@ def test_a_caption_names_the_class() -> None:
         FedDLP(caption="a photo")
 
 
+def test_a_caption_is_no_format(site: Make) -> None:
+    oxford = site(task=PROMPTS)
+    told = FedDLP(caption="a {} of {kind}, a {}").lesson.told(PROMPTS, whole(oxford))
+    assert told.candidates == tuple(f"a {label} of {{kind}}, a {label}" for label in PROMPTS.labels)
+
+
 def test_a_site_without_examples_sends_what_it_was_given(site: Make) -> None:
     oxford = site()
     empty = replace(oxford, train=oxford.train[:0])

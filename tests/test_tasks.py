@@ -62,6 +62,7 @@ def test_a_linear_head_starts_undecided_and_sees_normalised_features() -> None:
 def test_prompts_are_the_candidates_and_need_no_head() -> None:
     task = Classification(ANIMALS, "an x-ray of {}")
     assert task.candidates == ("an x-ray of cat", "an x-ray of dog", "an x-ray of bird")
+    assert Classification(ANIMALS, "a {} of {kind}, a {}").candidates[:1] == ("a cat of {kind}, a cat",)  # type: ignore[index]
     assert task.init(5, seed=0) == {}
     scores = random(2, 3)
     assert task.logits(Features(random(2, 5), scores), {}) is scores

@@ -54,7 +54,7 @@ class Lesson:
         """The batch with its training captions."""
         if self.caption is None:
             return batch
-        return replace(batch, candidates=tuple(self.caption.format(label) for label in task.labels))
+        return replace(batch, candidates=tuple(self.caption.replace("{}", label) for label in task.labels))
 
     def logits(self, task: Task, features: Features, tensors: Tensors, batch: Batch) -> Tensor:
         """(n, labels); contrastive: (n, n)."""

@@ -75,7 +75,7 @@ def _lines(about: About, form: str, model_type: str, adapted: bool) -> Iterator[
     yield from _processing(about, about.inputs.texts or prompts)
     if prompts:
         yield 'task = json.loads(Path("fedloom.json").read_text())["task"]'
-        yield 'prompts = [task["template"].format(label) for label in task["labels"]]'
+        yield 'prompts = [task["template"].replace("{}", label) for label in task["labels"]]'
     yield "\n\n@torch.no_grad()"
     yield "def logits(**inputs):"
     if prompts:

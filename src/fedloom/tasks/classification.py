@@ -40,7 +40,7 @@ class Classification:
 
     @property
     def candidates(self) -> tuple[str, ...] | None:
-        return tuple(self.template.format(label) for label in self.labels) if self.head == "prompts" else None
+        return tuple(self.template.replace("{}", label) for label in self.labels) if self.head == "prompts" else None
 
     def init(self, dim: int, seed: int) -> Tensors:
         return linear(dim, len(self.labels)) if self.head == "linear" else {}
