@@ -15,7 +15,7 @@ from fedloom.endpoints import Protocol
 from fedloom.errors import RecipeError, RunError
 from fedloom.events import Event
 from fedloom.recipe import Recipe, load
-from fedloom.tuning import SEEDS, grid_of, held_out, tuned
+from fedloom.tuning import SEEDS, grid_of, held_out, points, tuned
 
 GRID = {"training.lr": [1e-12, 0.01]}
 
@@ -108,3 +108,39 @@ def test_the_grid_is_the_recipes_or_else_the_protocols(short: Recipe) -> None:
         grid_of(short, None)
     with pytest.raises(RecipeError, match="expected a list"):
         grid_of(short.altered({"compare.tune.training.lr": 0.3}), None)
+
+
+def test_a_key_of_a_method_is_tried_for_the_rows_that_have_it(short: Recipe) -> None:
+    grid = {"training.lr": [0.1, 0.2], "method.mu": [0, 1], "method.adapter.rank": [2, 4]}
+    found = points(short, ["fedprox", "local", "fedavg-adapter", "majority"], grid)
+    assert {row: len(own) for row, own in found.items()} == {
+        "fedprox": 8,
+        "local": 4,
+        "fedavg-adapter": 4,
+        "majority": 2,
+    }
+    assert found["majority"] == [{"training.lr": 0.1}, {"training.lr": 0.2}]
+    assert points(short, ["local"], {"rows": {"fedprox": {"method.mu": [1]}}}) == {"local": [{}]}
+    with pytest.raises(RecipeError, match=r"no method of the rows \['local'\] has 'method.mu', which is to be tuned"):
+        points(short, ["local"], grid)
+
+
+def test_a_row_may_have_a_grid_of_its_own(short: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "held_out", lambda recipe, folder, watch: getattr(recipe.method, "mu", 0.0))
+    tune = {"lr": [0.1, 0.2], "rows": {"fedprox": {"method": {"mu": [0.1, 1.0]}, "lr": [0.3]}}}
+    own = short.altered({"compare.tune": tune})
+    grid = grid_of(own, None)
+    assert grid["rows"] == {"fedprox": {"method.mu": [0.1, 1.0], "training.lr": [0.3]}}
+    noted: list[str] = []
+    found = compare(own, ("local", "fedprox"), [0], tmp_path / "c", False, lambda e: noted.append(str(e)), grid=grid)
+    assert found.tuning is not None
+    assert {row: one["points"] for row, one in found.tuning["rows"].items()} == {"local": 2, "fedprox": 2}
+    assert found.tuning["rows"]["fedprox"]["choice"] == {"method.mu": 1.0, "training.lr": 0.3}
+    assert any("points to tune by: local 2, fedprox 2" in said for said in noted)
+    assert "2 points" in (tmp_path / "c" / "comparison.html").read_text()
+    again = compare(own, ("local", "fedprox"), [0], tmp_path / "c", True, ignore, grid=grid)
+    assert again.tuning == found.tuning
+    with pytest.raises(RecipeError, match=r"a row that there is not; did you mean 'fedprox'\?"):
+        grid_of(short.altered({"compare.tune.rows.fedpro.method.mu": [1]}), None)
+    with pytest.raises(RecipeError, match=r"rows.fedprox in .* is \[1\]; expected keys with lists"):
+        grid_of(short.altered({"compare.tune.rows.fedprox": [1]}), None)

@@ -258,6 +258,15 @@ class Broken(FedAvg):
 
 
 @dataclass(frozen=True)
+class Stacking(FedAvg):
+    """A method of one's own, that leaves updates of other shapes to the server to refuse."""
+
+    def aggregate(self, shared: Shared, answers: Iterable[Answer]) -> Any:
+        updates = [answer.update.tensors for answer in answers]
+        return Shared({name: torch.stack([own[name] for own in updates]).mean(0) for name in shared}), {}
+
+
+@dataclass(frozen=True)
 class Unstarted(FedAvg):
     def start(self, *_: object) -> Shared:
         raise ValueError("no start")
@@ -266,6 +275,9 @@ class Unstarted(FedAvg):
 def test_a_method_of_ones_own_is_verified(fedloom: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = fedloom("verify-aggregation", "fedloom.methods.flora:FLoRA")
     assert (code, "Exact: the mean of products" in out) == (0, True)
+    code, out, err = fedloom("verify-aggregation", f"{__name__}:Stacking")
+    assert (code, err) == (0, "")
+    assert "unequal ranks: refused: site 'site-0' sent" in out
     code, _, err = fedloom("verify-aggregation", "nowhere.at_all:Mine")
     assert (code, "cannot be imported" in err) == (2, True)
     code, _, err = fedloom("verify-aggregation", f"{__name__}:Unstarted")

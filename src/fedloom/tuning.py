@@ -1,11 +1,14 @@
-"""The same small grid for every row of a comparison, judged on development seeds and held-out examples alone.
+"""A small grid for every row of a comparison, judged on development seeds and held-out examples alone.
 
 A point is a row with other values at one seed; its federation is assembled without test splits, so that no choice can
-have seen them. All rows get the same points and seeds: the same budget.
+have seen them. All rows get the same seeds and points, but for options that not all methods have: a key of [method] is
+tried for the rows that have it, and [compare.tune.rows.NAME] adds keys for one row, or other values. How many points
+each row got is recorded and told.
 """
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -14,15 +17,17 @@ from fedloom.assembly import assemble, planned
 from fedloom.cells import each
 from fedloom.endpoints import Protocol
 from fedloom.errors import RecipeError
-from fedloom.events import Watch
+from fedloom.events import Note, Watch
 from fedloom.overrides import dotted, leaves
 from fedloom.recipe import TUNE, Recipe
 from fedloom.rounds import train
 from fedloom.store import write
+from fedloom.tables import guess
 from fedloom.views import measured
 
 SEEDS = (100, 101)  # of development: none of those that figures are told of
-Grid: TypeAlias = Mapping[str, Sequence[Any]]  # the values to try, by a recipe's key
+ROWS = "rows"  # of a grid: what single rows have beside what is tried for all
+Grid: TypeAlias = Mapping[str, Any]  # the values to try, by a recipe's key; under ROWS such a grid by row
 
 
 class Point(NamedTuple):
@@ -37,7 +42,7 @@ class Point(NamedTuple):
 def grid_of(recipe: Recipe, protocol: Protocol | None) -> Grid:
     """What the recipe's [compare.tune] asks to try, else the [grid] of a protocol, whose bare keys are of [training].
 
-    raises RecipeError: there is none, or a value is no list
+    raises RecipeError: there is none, a value is no list, or a row is unknown
     """
     if TUNE in recipe.compare:
         table, file = recipe.compare[TUNE], f"[compare.tune] of {recipe.file}"
@@ -47,13 +52,53 @@ def grid_of(recipe: Recipe, protocol: Protocol | None) -> Grid:
         file = f"[grid] of {protocol.file}"
     else:
         table, file = {}, f"{recipe.file} (it has no [compare.tune], and there is no protocol)"
+    grid: dict[str, Any] = _listed({key: value for key, value in table.items() if key != ROWS}, file)
+    if single := table.get(ROWS):
+        for row, own in single.items():
+            if row not in recipe.rows:
+                raise RecipeError(f"rows.{row} in {file} tunes a row that there is not{guess(row, recipe.rows)}")
+            if not isinstance(own, Mapping):
+                raise RecipeError(f"rows.{row} in {file} is {own!r}; expected keys with lists: method.mu = [0.1, 1.0].")
+        grid[ROWS] = {row: _listed(own, f"rows.{row} of {file}") for row, own in single.items()}
+    if not grid:
+        raise RecipeError(f"there is nothing to tune in {file}; expected keys with lists: training.lr = [3e-4, 1e-3].")
+    return grid
+
+
+def _listed(table: Mapping[str, Any], file: str) -> dict[str, list[Any]]:
     grid = {dotted(names if len(names) > 1 else ("training", *names)): values for names, values in leaves(table)}
     for key, values in grid.items():
         if not isinstance(values, list | tuple) or not values:
             raise RecipeError(f"{key} in {file} is {values!r}; expected a list of values to try.")
-    if not grid:
-        raise RecipeError(f"there is nothing to tune in {file}; expected keys with lists: training.lr = [3e-4, 1e-3].")
     return {key: list(values) for key, values in grid.items()}
+
+
+def points(recipe: Recipe, rows: Sequence[str], grid: Grid) -> dict[str, list[dict[str, Any]]]:
+    """By row, the values that are tried for it; one point without any where no key is for it.
+
+    raises RecipeError: no row has a key of [method]
+    """
+    common = {key: values for key, values in grid.items() if key != ROWS}
+    has = {row: {key for key in common if _takes(recipe.row(row).method, key)} for row in rows}
+    if gone := [key for key in common if not any(key in own for own in has.values())]:
+        raise RecipeError(f"no method of the rows {list(rows)} has '{gone[0]}', which is to be tuned; leave it out.")
+    grids = {
+        row: {key: values for key, values in common.items() if key in own} | grid.get(ROWS, {}).get(row, {})
+        for row, own in has.items()
+    }
+    return {
+        row: [dict(zip(own, values, strict=True)) for values in product(*own.values())] for row, own in grids.items()
+    }
+
+
+def _takes(method: Any, key: str) -> bool:
+    """Whether a key is none of [method], or one that this method has."""
+    section, *names = key.split(".")
+    for name in names if section == "method" and names[0] not in ("name", "preset") else ():
+        if not is_dataclass(method) or name not in {part.name for part in fields(method)}:
+            return False
+        method = getattr(method, name)
+    return True
 
 
 def tuned(recipe: Recipe, rows: Sequence[str], grid: Grid, folder: Path, workers: int, watch: Watch) -> dict[str, Any]:
@@ -61,10 +106,11 @@ def tuned(recipe: Recipe, rows: Sequence[str], grid: Grid, folder: Path, workers
 
     A point of which a seed failed is not chosen; the choice is None where all did.
     """
-    points = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    tried = points(recipe, rows, grid)
+    watch(Note(f"points to tune by: {', '.join(f'{row} {len(own)}' for row, own in tried.items())}"))
     jobs: dict[Point, Recipe] = {}
     found: dict[Point, float | str] = {}
-    for row, point, seed in product(rows, points, SEEDS):
+    for row, (point, seed) in [(row, one) for row, own in tried.items() for one in product(own, SEEDS)]:
         place = Point(row, _said(point), seed)
         try:
             changes = {**point, "federation.seed": seed, "reference.rows": ()}
@@ -76,8 +122,8 @@ def tuned(recipe: Recipe, rows: Sequence[str], grid: Grid, folder: Path, workers
         "grid": dict(grid),
         "seeds": list(SEEDS),
         "rows": {
-            row: _best([_tried(point, [found[Point(row, _said(point), seed)] for seed in SEEDS]) for point in points])
-            for row in rows
+            row: _best([_tried(point, [found[Point(row, _said(point), seed)] for seed in SEEDS]) for point in own])
+            for row, own in tried.items()
         },
     }
 
@@ -112,8 +158,8 @@ def _tried(point: Mapping[str, Any], values: Sequence[float | str]) -> dict[str,
 
 def _best(tried: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     best = max((one for one in tried if "held_out" in one), key=lambda one: one["held_out"], default=None)
-    return {"choice": None if best is None else best["set"], "tried": list(tried)}
+    return {"choice": None if best is None else best["set"], "points": len(tried), "tried": list(tried)}
 
 
 def _said(point: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} = {json.dumps(value)}" for key, value in point.items())
+    return ", ".join(f"{key} = {json.dumps(value)}" for key, value in point.items()) or "as it is"
