@@ -275,6 +275,62 @@ def test_cells_side_by_side_have_the_bits_of_cells_in_turn(noted: Recipe, log: P
     assert starts(log) - before == {"0 0.0 3": 1, "9 0.0 3": 2}  # resumed: not run again
 
 
+def test_rows_and_seeds_of_before_stay_and_are_not_run_again(noted: Recipe, log: Path, tmp_path: Path) -> None:
+    folder, noticed = tmp_path / "compared", []
+    first = compare(noted, ("a", "hopeless"), [1], folder, False, ignore, target="a", protocol="first")
+    ran = starts(log)
+    watch = lambda event: noticed.append(event.text) if isinstance(event, Note) else None  # noqa: E731
+    second = compare(noted, ("b",), [0, 1], folder, True, watch, protocol="second")
+    assert starts(log) - ran == {"0 0.5 0": 1, "0 0.5 1": 1}
+    assert noticed == ["b, seed 0", "b, seed 1"]
+    assert (list(second.rows), second.seeds, second.target) == (["a", "hopeless", "b"], [0, 1], "a")
+    assert {row: list(own["cells"]) for row, own in second.rows.items()} == {
+        "a": ["1"],
+        "hopeless": [],
+        "b": ["0", "1"],
+    }
+    assert {**second.rows["a"], "reached": 0} == {**first.rows["a"], "reached": 0}
+    assert second.rows["hopeless"]["missing"] == {"1": "crashed: RuntimeError: out of luck"}
+    assert {(one["of"], one["minus"], one["n"]) for one in second.differences} == {("a", "b", 1)}
+    third = compare(noted, ("a",), [1], folder, True, ignore, protocol="third")
+    assert sum(starts(log).values()) == sum(ran.values()) + 2
+    assert (first.protocol, second.protocol, third) == ("first", "second", second)  # no cell was run under the third
+    assert json.loads((folder / "comparison.json").read_text())["protocol"] == "second"
+    other = noted.altered({"compare.b.method.mu": 0.7})  # [compare] is no part of the recipe that a folder is of
+    fourth = compare(other, ("a",), [1], folder, True, watch)
+    assert list(fourth.rows) == ["a", "hopeless"]
+    assert noticed[2].startswith("b: nothing that was run of it is of ")
+
+
+def test_a_lora_is_judged_against_a_lora_and_what_was_counted_stays(short: Path, tmp_path: Path) -> None:
+    recipe, folder = load(short, {"method.adapter": {"kind": "bottleneck", "width": 4}}), tmp_path / "compared"
+    rows = ("local", "linear-probe", "fedavg-lora", "majority")
+    first = compare(recipe, rows, [0], folder, False, ignore, counted=True)
+    assert {row: own["alone"] for row, own in first.rows.items()} == dict.fromkeys(rows, "local")
+    second = compare(recipe, ("local-lora", "fedavg"), [0], folder, True, ignore)
+    judges = {"fedavg-lora": "local-lora", **dict.fromkeys((*rows[:2], "majority", "local-lora", "fedavg"), "local")}
+    assert {row: own["alone"] for row, own in second.rows.items()} == judges
+    kinds = {row: own["adapter"] and own["adapter"]["kind"] for row, own in second.rows.items()}
+    lora = dict.fromkeys(("fedavg-lora", "local-lora"), "lora")
+    bottleneck = dict.fromkeys(("local", "fedavg"), "bottleneck")
+    assert kinds == {"linear-probe": "head", "majority": None, **lora, **bottleneck}
+    for before, alone in ((first, "local"), (second, "local-lora")):
+        own, other = (before.rows[row]["sites"]["personal"] for row in ("fedavg-lora", alone))
+        for site, one in own.items():
+            assert one["gain"]["mean"] == pytest.approx(one["mean"] - other[site]["mean"])
+    assert all(second.rows[row]["costs"] == first.rows[row]["costs"] != {} for row in rows)
+    third = compare(recipe, ("local-lora", "fedavg-lora"), [0], tmp_path / "without", False, ignore)
+    assert {row: own["alone"] for row, own in third.rows.items()} == dict.fromkeys(third.rows, "local-lora")
+
+
+def test_a_damaged_comparison_is_one_sentence(fedloom: Fedloom, short: Path, tmp_path: Path) -> None:
+    for text in ('{"recipe": ', "[]", "{}"):
+        (tmp_path / "comparison.json").write_text(text)
+        code, _, err = fedloom("compare", short, "--methods", "local", "--out", tmp_path, "--resume")
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"'{tmp_path / 'comparison.json'}' is no whole comparison" in err
+
+
 # As a process that is out of memory: always, or but the first time.
 DYING = """
 import os

@@ -56,6 +56,46 @@ def test_nobody_is_red_where_there_is_nothing_to_lose_against(compared: Comparis
     assert 'class="loss"' not in compared_page(content(alone), "squares")
 
 
+def test_a_row_is_judged_against_training_its_own_adapter_alone() -> None:
+    wide, low, head = ({"kind": kind} for kind in ("bottleneck", "lora", "head"))
+    adapters = {"local": wide, "local-lora": low, "fedavg": wide, "fedavg-lora": low, "probe": head, "frozen": None}
+    found: dict[str, dict[int, Cell | str]] = {
+        "local": {0: cell((0.50, 0.60), 100)},
+        "local-lora": {0: cell((0.20, 0.80), 100)},
+        "fedavg": {0: cell((0.40, 0.70), 9000)},
+        "fedavg-lora": {0: cell((0.40, 0.70), 9000)},
+        "probe": {0: cell((0.40, 0.70), 9000)},
+        "frozen": {0: cell((0.10, 0.10), 100)},
+    }
+    known = {
+        row: {"adapter": adapter, "alone": "local-lora" if row == "fedavg-lora" else "local"}
+        for row, adapter in adapters.items()
+    }
+    comparison = summarised(found, (0,), known=known)
+    own = content(comparison)
+    sites = {row: one["sites"]["personal"] for row, one in own["rows"].items()}
+    assert [one["gain"]["mean"] for one in sites["fedavg"].values()] == pytest.approx([-0.1, 0.1])
+    assert [one["gain"]["mean"] for one in sites["fedavg-lora"].values()] == pytest.approx([0.2, -0.1])
+    assert [one["gain"]["mean"] for one in sites["local-lora"].values()] == pytest.approx([-0.3, 0.2])
+    assert sites["local"][SITES[0]]["gain"] is None
+    worse, better = SITES
+    assert better_alone(own) == {"fedavg": [worse], "fedavg-lora": [better], "probe": [worse]}
+    table, html = comparison_table(comparison), compared_page(own, "squares")
+    gains = {line.split()[0]: line.split()[-1] for line in table.splitlines() if line[-4:-2] in ("+0", "-5", "+5")}
+    assert (gains["fedavg"], gains["fedavg-lora"]) == ("+0.0", "+5.0")
+    for note in (
+        "judged against local-lora, which trains the same adapter alone: fedavg-lora",
+        "judged against local, which trains another adapter: local-lora and probe",
+    ):
+        assert f"* {note}" in table
+        assert f"{note}." in html
+    assert "<figcaption>fedavg-lora beside local-lora</figcaption>" in html
+    assert "<figcaption>fedavg</figcaption>" in html
+    own["rows"] |= {f"more-{i}": {"summary": {}, "missing": {}} for i in range(9)}
+    assert {(one["of"], one["minus"]) for one in told(own)} >= {("fedavg-lora", "local-lora"), ("fedavg", "local")}
+    assert ("fedavg-lora", "local") not in {(one["of"], one["minus"]) for one in told(own)}
+
+
 def test_the_page_is_whole_and_loads_nothing(compared: Comparison) -> None:
     html = compared_page(content(compared), "squares")
     parser = HTMLParser()

@@ -66,20 +66,17 @@ def each(
     if workers == 1:
         for key, recipe in jobs.items():
             watch(Note(str(key)))
-            found = attempt(work, recipe, folder / recipe.id[:16], watch)
+            found = attempt(work, recipe, folder_of(recipe, folder), watch)
             if isinstance(found, str):
                 watch(Note(found))
             yield key, found
         return
-    alike: dict[str, list[Key]] = {}
+    alike: dict[Path, list[Key]] = {}
     for key, recipe in jobs.items():
-        alike.setdefault(recipe.id, []).append(key)
+        alike.setdefault(folder_of(recipe, folder), []).append(key)
     threads, stopped = ThreadPoolExecutor(workers), threading.Event()
     try:
-        started = {
-            threads.submit(_elsewhere, work, jobs[keys[0]], folder / id[:16], stopped): keys
-            for id, keys in alike.items()
-        }
+        started = {threads.submit(_elsewhere, work, jobs[keys[0]], own, stopped): keys for own, keys in alike.items()}
         for done in as_completed(started):
             for key in started[done]:
                 found = done.result()
@@ -88,6 +85,11 @@ def each(
     finally:
         stopped.set()
         threads.shutdown(cancel_futures=True)
+
+
+def folder_of(recipe: Recipe, folder: Path) -> Path:
+    """Where among the cells in `folder` that of a recipe is."""
+    return folder / recipe.id[:16]
 
 
 def attempt(work: Work[Found], recipe: Recipe, folder: Path, watch: Watch) -> Found | str:

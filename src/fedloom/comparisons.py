@@ -1,27 +1,31 @@
 """Several methods on the same sites, splits and seeds, and what of their differences is more than chance.
 
 A cell is one row at one seed: a run folder named by the hash of its recipe, so that none is run twice and a comparison
-that was stopped goes on where it was. `comparison.json` is written anew after every cell, `comparison.html` at the end.
+that was stopped goes on where it was, and keeps the rows and seeds that are not asked for again. `comparison.json` is
+written anew after every cell, `comparison.html` at the end.
+
+A row is judged against the one that trains the same adapter at each site alone, where that is there, else `local`.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedloom import __version__
 from fedloom.assembly import planned
-from fedloom.cells import Cell, attempt, cell, each
+from fedloom.cells import Cell, attempt, cell, each, folder_of
 from fedloom.errors import RecipeError, RunError
 from fedloom.events import Note, Watch
 from fedloom.recipe import Recipe
-from fedloom.report.compared import FILE, write_comparison
+from fedloom.report.compared import ALONE, FILE, read, write_comparison
 from fedloom.statistics import interval, sign_flip
 from fedloom.store import holds_anything, write
 from fedloom.tuning import Grid, tuned
 
+LATER = ("target", "tuning", "protocol")  # of comparison.json, where there is one
 Target = float | str | None  # a held-out metric to reach: a value, or what this row ends with at the same seed
 
 
@@ -42,6 +46,7 @@ class Comparison:
     seeds: Sequence[int]
     target: Target = None
     tuning: Mapping[str, Any] | None = None  # what was tried for each row, and taken
+    protocol: str | None = None  # SHA-256 of what was asked beforehand, when the last cell was run
 
 
 def compare(
@@ -55,44 +60,72 @@ def compare(
     target: Target = None,
     grid: Grid | None = None,
     counted: bool = False,
+    protocol: str | None = None,
 ) -> Comparison:
     """Run every row at every seed that is not there yet.
 
     workers: cells that run side by side, in processes of their own
     grid: tune every row by it first, on development seeds and held-out examples
     counted: count FLOPs and trained parameters too, on a few steps of each row
+    protocol: the hash of the one that the cells are run under
 
     raises RecipeError: there is no such row; RunError: the folder holds another comparison, or one without `resume`
     """
-    if isinstance(target, str) and target not in rows:
-        raise RecipeError(f"the target '{target}' is neither a number nor one of the rows {list(rows)}.")
     for row in rows:
         _planned(recipe, row, seeds[0])
-    _prepare(folder, recipe, resume, grid)
+    before = _before(folder, recipe, resume, grid)
+    target = before.target if target is None else target
+    every = list(dict.fromkeys([*(row for row in before.rows if row in recipe.rows), *rows]))
+    if isinstance(target, str) and target not in every:
+        raise RecipeError(f"the target '{target}' is neither a number nor one of the rows {every}.")
     tuning = None if grid is None else tuned(recipe, rows, grid, folder / "tuning", workers, watch)
+    if tuning is not None and before.tuning is not None:
+        tuning = {**tuning, "rows": {**before.tuning["rows"], **tuning["rows"]}}
     chosen = {} if tuning is None else tuning["rows"]
-    places = [Place(row, seed) for seed in seeds for row in rows]
-    cells = {place: _planned(recipe, *place, chosen.get(place.row)) for place in places}
-    found: dict[str, dict[int, Cell | str]] = {row: {} for row in rows}
-    for place, said in cells.items():
-        if isinstance(said, str):
-            watch(Note(f"{place}: {said}"))
-            found[place.row][place.seed] = said
-    comparison = summarised(found, seeds, target, tuning)
-    jobs = {place: own for place, own in cells.items() if isinstance(own, Recipe)}
+    all_seeds = sorted({*before.seeds, *seeds})
+    cells = {(at := Place(row, seed)): _planned(recipe, *at, chosen.get(row)) for seed in all_seeds for row in every}
+    found, jobs = _stock(cells, {Place(row, seed) for row in rows for seed in seeds}, before, folder / "cells", watch)
+    for row in before.rows:
+        if row not in rows and not found.get(row):
+            watch(Note(f"{row}: nothing that was run of it is of {recipe.file} as it is now; it is left out"))
+            found.pop(row, None)
+    known = _known({row: own for (row, _), own in reversed(cells.items()) if isinstance(own, Recipe)})
+    costs = {row: own["costs"] for row, own in before.rows.items() if "costs" in own}
+    under = protocol if jobs else before.protocol
+
+    def so_far() -> Comparison:
+        said = {row: {**known.get(row, {}), **({"costs": costs[row]} if row in costs else {})} for row in found}
+        return replace(summarised(found, all_seeds, target, tuning, said), protocol=under)
+
     for place, made in each(jobs, cell, folder / "cells", workers, watch):
         found[place.row][place.seed] = made
-        comparison = summarised(found, seeds, target, tuning)
-        _save(folder, recipe, comparison)
+        _save(folder, recipe, so_far())
     if counted:
-        costs = {row: _costs(own, watch) for row in rows if isinstance(own := cells[Place(row, seeds[0])], Recipe)}
-        comparison = Comparison(
-            {row: {**content, "costs": costs.get(row, {})} for row, content in comparison.rows.items()},
-            *(comparison.differences, comparison.seeds, comparison.target, comparison.tuning),
-        )
+        costs |= {row: _costs(own, watch) for row in rows if isinstance(own := cells[Place(row, seeds[0])], Recipe)}
+    comparison = so_far()
     _save(folder, recipe, comparison)
     write_comparison(folder)
     return comparison
+
+
+def _stock(
+    cells: Mapping[Place, Recipe | str], asked: Set[Place], before: Comparison, folder: Path, watch: Watch
+) -> tuple[dict[str, dict[int, Cell | str]], dict[Place, Recipe]]:
+    """By row and seed what is finished, or why it is not there; and those of the asked ones that are to be run."""
+    found: dict[str, dict[int, Cell | str]] = {row: {} for row, _ in cells}
+    jobs = {}
+    for place, own in cells.items():
+        why = before.rows.get(place.row, {}).get("missing", {}).get(str(place.seed))
+        if isinstance(own, Recipe) and (done := folder_of(own, folder) / "summary.json").is_file():
+            found[place.row][place.seed] = attempt(cell, own, done.parent, watch)
+        elif place not in asked:
+            found[place.row] |= {} if why is None else {place.seed: why}
+        elif isinstance(own, Recipe):
+            jobs[place] = own
+        else:
+            watch(Note(f"{place}: {own}"))
+            found[place.row][place.seed] = own
+    return found, jobs
 
 
 def summarised(
@@ -100,9 +133,13 @@ def summarised(
     seeds: Sequence[int],
     target: Target = None,
     tuning: Mapping[str, Any] | None = None,
+    known: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Comparison:
-    """Rows and differences of the cells there are: a cell by seed, or the sentence that says why there is none."""
-    good = {row: {n: own for n, own in cells.items() if isinstance(own, Cell)} for row, cells in found.items()}
+    """Rows and differences of the cells there are: a cell by seed, or the sentence that says why there is none.
+
+    known: what is said of a row besides its cells; `alone` is the row that it is judged against, else local-only
+    """
+    good = {row: {n: own for n, own in sorted(cells.items()) if isinstance(own, Cell)} for row, cells in found.items()}
     series: dict[str, dict[str, dict[int, float]]] = {}  # row -> figure -> seed -> value
     rows = {}
     for row, cells in good.items():
@@ -110,14 +147,17 @@ def summarised(
         series[row] = {
             name: {seed: own.figures[name] for seed, own in cells.items() if name in own.figures} for name in names
         }
+        said = (known or {}).get(row, {})
+        alone = said.get("alone") or ALONE
         rows[row] = {
+            **said,
             "cells": {str(seed): own.figures for seed, own in cells.items()},
             "summary": {name: interval(list(values.values())) for name, values in series[row].items()},
             "seconds": interval([own.seconds for own in cells.values()]) if cells else None,
             "missing": {str(seed): own for seed, own in found[row].items() if isinstance(own, str)},
-            "sites": _sites(cells, good.get("local", {}) if row != "local" else {}),
+            "sites": _sites(cells, good.get(alone, {}) if row != alone else {}),
             "held_out": _curves(cells),
-            "reached": dict(_reached(cells, target if not isinstance(target, str) else good[target])),
+            "reached": dict(_reached(cells, target if not isinstance(target, str) else good.get(target, {}))),
         }
     differences = []
     for one, other in combinations(series, 2):
@@ -130,7 +170,7 @@ def summarised(
 
 
 def _sites(cells: Mapping[int, Cell], alone: Mapping[int, Cell]) -> dict[str, Any]:
-    """By view and site: mean and interval over seeds, and the same of the gain over local-only, where that row is."""
+    """By view and site: mean and interval over seeds, and the same of the gain over training alone, where that is."""
 
     def values(view: str, site: str) -> dict[int, float]:
         return {seed: own.sites[view][site] for seed, own in cells.items() if site in own.sites.get(view, {})}
@@ -228,7 +268,28 @@ def _planned(recipe: Recipe, row: str, seed: int, tuning: Mapping[str, Any] | No
         return f"cannot run: {e}"
 
 
-def _prepare(folder: Path, recipe: Recipe, resume: bool, grid: Grid | None) -> None:
+def _known(recipes: Mapping[str, Recipe]) -> dict[str, dict[str, Any]]:
+    """By row: its adapter, and the row that it is judged against: that trains the same one `alone`, else local-only."""
+    adapters = {row: _adapter(own) for row, own in recipes.items()}
+    lone = sorted((row for row, own in recipes.items() if own.method_name == ALONE), key=lambda row: row != ALONE)
+    local = ALONE if ALONE in recipes else None
+
+    def judge(row: str) -> str | None:
+        if row in lone:
+            return local or row
+        return next((one for one in lone if adapters[one] == adapters[row]), local)
+
+    return {row: {"adapter": adapter, "alone": judge(row)} for row, adapter in adapters.items()}
+
+
+def _adapter(recipe: Recipe) -> dict[str, Any] | None:
+    """What a row trains, and in which towers where that is said; None for what trains no adapter."""
+    adapter, towers = recipe.table()["method"].get("adapter"), recipe.backbone.towers
+    return adapter if adapter is None or towers is None else {**adapter, "towers": list(towers)}
+
+
+def _before(folder: Path, recipe: Recipe, resume: bool, grid: Grid | None) -> Comparison:
+    """What the folder holds already, if this comparison may go on with it."""
     path = folder / FILE
     begun = path.is_file() or (folder / "cells").is_dir() or (folder / "tuning").is_dir()
     if begun and not resume:
@@ -238,12 +299,14 @@ def _prepare(folder: Path, recipe: Recipe, resume: bool, grid: Grid | None) -> N
     if not begun and holds_anything(folder):
         raise RunError(f"'{folder}' is not empty and is no comparison; name another folder (--out).")
     if not path.is_file():
-        return
-    before = json.loads(path.read_text())
+        return Comparison({}, (), ())
+    before = read(folder)
     if before["recipe"] != recipe.id:
         raise RunError(f"the comparison in '{folder}' is of another recipe; name another folder (--out).")
     if before.get("tuning", {}).get("grid") != (None if grid is None else dict(grid)):
         raise RunError(f"the comparison in '{folder}' was tuned otherwise (--tune); name another folder (--out).")
+    later = (before.get(key) for key in LATER)
+    return Comparison(before["rows"], before["differences"], before["seeds"], *later)
 
 
 def _save(folder: Path, recipe: Recipe, comparison: Comparison) -> None:
@@ -253,7 +316,6 @@ def _save(folder: Path, recipe: Recipe, comparison: Comparison) -> None:
         "seeds": list(comparison.seeds),
         "rows": comparison.rows,
         "differences": comparison.differences,
-        **({} if comparison.target is None else {"target": comparison.target}),
-        **({} if comparison.tuning is None else {"tuning": comparison.tuning}),
+        **{key: said for key in LATER if (said := getattr(comparison, key)) is not None},
     }
     write(folder / FILE, (json.dumps(content, indent=2) + "\n").encode())

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedloom.errors import RunError
 from fedloom.report import charts
 from fedloom.report.figures import counted, duration, listed, loses, one_line, size
 from fedloom.report.page import VIEWS, templates
@@ -12,7 +13,7 @@ from fedloom.report.result import NAMES, STATISTICS
 from fedloom.store import write
 
 FILE = "comparison.json"
-ALONE = "local"  # the row that a site would have without the others
+ALONE = "local"  # what a site would have without the others; a row may be judged against another (`judge`)
 MANY = 12  # rows of which no table tells every difference
 MARKS = {"pooled": "the data of all sites at one place, which no federation may do"}
 COLOURS = 7  # then they come again, dashed
@@ -20,12 +21,30 @@ Content = Mapping[str, Any]  # of comparison.json
 Estimate = Mapping[str, Any]  # a mean over seeds and its interval
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """What comparison.json of a folder holds.
+
+    raises RunError: it is damaged
+    """
+    path = folder / FILE
+    try:
+        content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        if absent := {"recipe", "rows", "seeds", "differences"} - content.keys():
+            raise KeyError(*sorted(absent))
+    except (OSError, ValueError, KeyError, AttributeError) as e:
+        raise RunError(
+            f"'{path}' is no whole comparison ({type(e).__name__}: {e}); remove it and compare its rows again with "
+            "--resume: what was run is kept beside it."
+        ) from None
+    return content
+
+
 def write_comparison(folder: Path) -> None:
     """Write comparison.html beside the comparison.json that it is made from.
 
     raises StoreError: the folder cannot be written
     """
-    content = json.loads((folder / FILE).read_text())
+    content = read(folder)
     write(folder / "comparison.html", compared_page(content, folder.name.removeprefix("compare-")).encode())
 
 
@@ -80,24 +99,41 @@ def difference(content: Content, of: str, minus: str, figure: str) -> Estimate |
     return None
 
 
+def judge(content: Content, row: str) -> str:
+    """The row that a row is judged against: local-only, where comparison.json names no other."""
+    return content["rows"].get(row, {}).get("alone") or ALONE
+
+
 def told(content: Content) -> list[Estimate]:
-    """The differences that fit into a table: of every two rows; where there are many, of each minus local-only."""
+    """The differences that fit into a table: of every two rows; where there are many, of each minus training alone."""
     if len(content["rows"]) <= MANY:
         return list(content["differences"])
     figures = dict.fromkeys(own["figure"] for own in content["differences"])
-    found = (difference(content, row, ALONE, name) for name in figures for row in content["rows"])
+    found = (difference(content, row, judge(content, row), name) for name in figures for row in content["rows"])
     return [own for own in found if own is not None]
 
 
 def marked(content: Content) -> list[str]:
     """What has to be said of some rows."""
-    return [f"{row}: {note}" for row, note in MARKS.items() if content["rows"].get(row, {}).get("summary")]
+    ran = {row: one for row, one in content["rows"].items() if one["summary"]}
+    marks = [f"{row}: {note}" for row, note in MARKS.items() if row in ran]
+    notes: dict[tuple[str, bool], list[str]] = {}
+    for row, one in ran.items():
+        alone = one.get("alone")
+        if alone in ran and alone != row and one["adapter"] is not None:
+            notes.setdefault((alone, one["adapter"] == ran[alone]["adapter"]), []).append(row)
+    for (alone, same), rows in notes.items():
+        if not same:
+            marks.append(f"judged against {alone}, which trains another adapter: {listed(rows)}")
+        elif alone != ALONE:
+            marks.append(f"judged against {alone}, which trains the same adapter alone: {listed(rows)}")
+    return marks
 
 
 def federates(content: Content, row: str) -> bool:
-    """Whether the sites of a row send anything that those of local-only do not."""
+    """Whether the sites of a row send anything that those which train alone do not."""
     sent = {name: one["summary"].get("bytes_up", {}).get("mean", 0.0) for name, one in content["rows"].items()}
-    return bool(sent[row] > sent.get(ALONE, 0.0))
+    return bool(sent[row] > sent.get(judge(content, row), 0.0))
 
 
 def better_alone(content: Content) -> dict[str, list[str]]:
@@ -145,7 +181,7 @@ def _block(content: Content, figure: str) -> dict[str, Any]:
             row: {
                 "own": own[figure],
                 "statistics": {key: own.get(f"{view}.{task}.{key}", {}).get("mean") for key in STATISTICS},
-                "gain": difference(content, row, ALONE, figure),
+                "gain": difference(content, row, judge(content, row), figure),
             }
             for row, own in rows.items()
         },
@@ -167,18 +203,28 @@ def _lines(
 
 
 def _sites(content: Content) -> dict[str, Any]:
-    """Each row that federates: its sites on their own test split, beside local-only; one scale for all."""
-    alone = content["rows"].get(ALONE, {}).get("sites", {}).get("personal", {})
+    """Each row that federates: its sites on their own test split, beside training alone; one scale for all."""
+    personal = {row: one.get("sites", {}).get("personal", {}) for row, one in content["rows"].items()}
     rows = {
         row: [
-            {"name": one_line(site), "own": own, "alone": alone.get(site, {}).get("mean"), "gain": own["gain"]}
-            for site, own in one.get("sites", {}).get("personal", {}).items()
+            {
+                "name": one_line(site),
+                "own": own,
+                "alone": personal.get(judge(content, row), {}).get(site, {}).get("mean"),
+                "gain": own["gain"],
+            }
+            for site, own in sites.items()
         ]
-        for row, one in content["rows"].items()
-        if federates(content, row)
+        for row, sites in personal.items()
+        if sites and federates(content, row)
     }
     numbers = [x for own in rows.values() for site in own for x in (site["own"]["mean"], site["alone"])]
-    return {"rows": {row: own for row, own in rows.items() if own}, "scale": charts.bars([x for x in numbers if x])}
+    return {
+        "rows": rows,
+        "scale": charts.bars([x for x in numbers if x]),
+        "others": {row: alone for row in rows if (alone := judge(content, row)) != ALONE},
+        "judged": any(site["gain"] for own in rows.values() for site in own),
+    }
 
 
 def costs(content: Content) -> dict[str, dict[str, Any]]:

@@ -156,7 +156,7 @@ def comparison_table(comparison: "Comparison") -> str:
                 lines.append(f"    {label:<40}{_estimate(difference)}{p}")
     if own := [name for name in compared.means(content) if name.startswith("personal.")]:
         lines += ["", _text([*(_spread(content, name) for name in own), Text(), _costs(content)]), ""]
-    lines += [f"* {said}" for said in compared.marked(content)]
+    lines += [_text([Text(f"* {said}")]) for said in compared.marked(content)]
     for row, sites in compared.better_alone(content).items():
         lines.append(_text([Text(f"! better alone than under {row}: {'; '.join(sites)}", style=LOSS)]))
     for row, reasons in compared.missing(content).items():
@@ -186,11 +186,11 @@ def _estimate(value: Mapping[str, Any]) -> str:
 
 
 def _spread(content: Mapping[str, Any], figure: str) -> Table:
-    """How the sites of each row differ, and what the row has over local-only."""
+    """How the sites of each row differ, and what the row has over training alone."""
     task = figure.removesuffix("mean")
     grid = _grid(f"{task}*, %", *result.STATISTICS.values(), "vs local")
     for row, own in content["rows"].items():
-        gain = compared.difference(content, row, compared.ALONE, figure)
+        gain = compared.difference(content, row, compared.judge(content, row), figure)
         values = (own["summary"].get(f"{task}{key}", {}).get("mean") for key in result.STATISTICS)
         if own["summary"]:
             grid.add_row(
