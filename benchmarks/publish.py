@@ -194,10 +194,10 @@ def endpoint(one: dict[str, Any]) -> str:
     )
     if "why" in one:
         return f"{head}not yet: {one['why']} | {100 * one['margin']:.1f} | | |"
-    mean, low, high = (100 * one[key] for key in ("mean", "low", "high"))
+    limits = "one seed" if one["low"] is None else f"[{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
     p = one["p"] if one.get("holm") is None else one["holm"]
-    above = "yes" if one["above"] else "no"
-    return f"{head}{mean:+.1f} [{low:.1f}, {high:.1f}] | {100 * one['margin']:.1f} | {above} | {p:.2f} |"
+    above = {True: "yes", False: "no", None: "–"}[one["above"]]
+    return f"{head}{100 * one['mean']:+.1f} {limits} | {100 * one['margin']:.1f} | {above} | {p:.2f} |"
 
 
 def setting(name: str, content: dict[str, Any]) -> str:

@@ -230,6 +230,11 @@ def test_what_is_no_backbone_is_said(network: Network, tmp_path: Path) -> None:
         load("clip-smal")
     with pytest.raises(BackboneError, match=r"no backbone 'albef'.*made of ALBEF's checkpoint by .*albef_convert"):
         load("albef")
+    for path in ("/nowhere/clip", "./clip-small", "../backbones/clip-small"):
+        with pytest.raises(
+            BackboneError, match=r"built in are \['albef-small', 'clip-small', 'text-small', 'vilt-small'"
+        ):
+            load(path)
     with pytest.raises(BackboneError, match=r"config.json' is not the config.json of a Hugging Face model"):
         load(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')

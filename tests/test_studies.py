@@ -323,6 +323,13 @@ def test_every_page_of_results_is_made_from_its_figures() -> None:
     assert [path.name for path, written in made.items() if path.read_text("utf-8") != written] == []
 
 
+def test_an_endpoint_of_one_seed_has_no_interval() -> None:
+    figures = {"mean": 0.02, "low": None, "high": None, "above": None, "p": 1.0, "margin": 0.01}
+    named = {"method": "m", "kind": "primary", "setting": "s", "view": "personal", "of": "a", "minus": "b"}
+    line = publisher("publish").endpoint({**named, **figures, "figure": "mean"})
+    assert line == "| m | primary | s, personal | a - b | +2.0 one seed | 1.0 | – | 1.00 |"
+
+
 def test_the_small_easy_vqa_is_of_its_test_part_and_whole() -> None:
     folder = ROOT / "benchmarks" / "data" / "easyvqa"
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text("utf-8").splitlines()]

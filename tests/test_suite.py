@@ -1,5 +1,6 @@
 """Every built-in recipe and every setting of the suite: it loads, its rows do, and it becomes sites as it says."""
 
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from fedloom.assembly import Federation, assemble, planned
 from fedloom.data import Pixels
+from fedloom.errors import RecipeError
 from fedloom.overrides import dotted, leaves
 from fedloom.recipe import BUILT_IN, Recipe, load
 from fedloom.suites import settings
@@ -186,6 +188,45 @@ def test_the_suite_takes_other_weights(backbone: Path) -> None:
     assert one.recipe.training.lr == 0.5
     assert one.recipe.backbone.name == str(backbone)
     assert one.recipe.training.epochs == 10
+    for others in (
+        {"vilt": str(backbone)},
+        {"vilt": "x", "vilt-small": str(backbone)},
+    ):  # a family's, if nothing nearer
+        (one,) = settings(ROOT / "benchmarks" / "suite.toml", ["vqamed-merge"], others)
+        assert one.recipe.backbone.name == str(backbone)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[settings.one]\nrecipe = 'quickstart'\nrows = ['local']", "'asks' is missing in [settings.one] of "),
+        ("[settings.one]\nasks = 'x'\nrecipe = 'quickstart'\nrows = 'local'", "expected a list, each a string"),
+        ("[settings]\none = 1", 'settings = {"one": 1} in '),
+        ("[setting.one]", "is no suite: 'settings'"),
+    ],
+)
+def test_a_damaged_suite_is_one_sentence(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "suite.toml").write_text(text)
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        settings(tmp_path / "suite.toml")
+
+
+def test_a_suite_and_a_comparison_of_which_nothing_runs_end_with_an_error(
+    fedloom: Any, recipe: Path, tmp_path: Path
+) -> None:
+    suite = tmp_path / "suite.toml"
+    suite.write_text(f'[settings.squares]\nasks = "?"\nrecipe = "{recipe}"\nrows = ["local", "fedavg"]\n')
+    for call in (
+        ("suite", "--file", suite, "--out", tmp_path / "suite", "--rows", "local, fedavg"),
+        ("compare", recipe, "--out", tmp_path / "compared", "--methods", "local, fedavg"),
+    ):
+        code, out, err = fedloom(*call, "--seeds", "1", "--set", "backbone.name=/nowhere")
+        assert (code, err.splitlines()[-1].count("could be run")) == (2, 1)
+        assert "fedavg, seed" in out
+        assert "cannot run: no backbone '/nowhere'" in out
+    code, _, err = fedloom("compare", recipe, "--methods", " ,")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--methods is ' ,'; expected rows" in err
 
 
 @pytest.mark.parametrize(
@@ -194,8 +235,10 @@ def test_the_suite_takes_other_weights(backbone: Path) -> None:
         (["vqamed-merg"], "did you mean 'vqamed-merge'"),
         (["--file", "gone.toml"], "cannot be read"),
         (["--seeds", "a-b"], "expected 0-4"),
+        (["--seeds", "5-2"], "the seeds '5-2' are none"),
         (["vqamed-merge", "--rows", "apar"], "did you mean 'apart'"),
-        (["vqamed-merge", "--backbone", "clip-small=x"], "has the backbone 'clip-small'"),
+        (["vqamed-merge", "--backbone", "clip-small=x"], "has the backbone 'clip-small'; there is vilt-small."),
+        (["vqamed-merge", "--backbone", "vilt"], "--backbone is 'vilt'; expected NAME=FOLDER"),
     ],
 )
 def test_a_mistake_about_the_suite_is_one_sentence(

@@ -6,16 +6,15 @@ comparison of its own, whose cells are never run twice.
 
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from fedloom.comparisons import Comparison, compare
 from fedloom.errors import RecipeError
 from fedloom.events import Note, Watch
 from fedloom.overrides import Overrides
 from fedloom.recipe import Recipe, load
-from fedloom.tables import guess
+from fedloom.tables import Table, Where, build, convert, guess
 from fedloom.tuning import Grid
 
 FILE = Path("benchmarks") / "suite.toml"
@@ -31,31 +30,45 @@ class Setting:
     rows: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Said:
+    """A table under [settings]; its views are for who reads it: the recipe decides which there are."""
+
+    asks: str
+    recipe: str
+    rows: tuple[str, ...]
+    views: tuple[str, ...] = ()
+    set: Table = field(default_factory=dict)
+
+
 def settings(
     file: Path = FILE, names: Sequence[str] = (), backbones: Mapping[str, str] | None = None, overrides: Overrides = ()
 ) -> list[Setting]:
     """The settings of these names, or all.
 
-    backbones: other weights for a backbone that the recipes name: {"vilt-small": "dandelin/vilt-b32-mlm"}
+    backbones: other weights for a backbone that the recipes name, or for a family's: {"vilt": "dandelin/vilt-b32-mlm"}
     overrides: of every setting's recipe, as `recipe.load` takes them
     raises RecipeError: the file is missing or damaged, or has no setting of a name
     """
     try:
-        said: Mapping[str, Any] = tomllib.loads(file.read_text("utf-8"))["settings"]
+        read = tomllib.loads(file.read_text("utf-8"))["settings"]
     except OSError as e:
         raise RecipeError(
             f"'{file}' cannot be read ({e.strerror}); run in a checkout of fedloom, or name it."
         ) from None
     except (ValueError, KeyError) as e:
         raise RecipeError(f"'{file}' is no suite: {e}.") from None
+    said: Mapping[str, Table] = convert(Mapping[str, Table], read, "settings", Where(str(file)))
     for name in names:
         if name not in said:
             raise RecipeError(f"there is no setting '{name}' in {file}{guess(name, said)}")
-    found = [_setting(name, said[name]) for name in names or said]
+    found = [_setting(name, build(_Said, said[name], Where(str(file), f"settings.{name}"))) for name in names or said]
+    have = sorted({setting.recipe.backbone.name for setting in found})
     others = backbones or {}
-    for name in others.keys() - {setting.recipe.backbone.name for setting in found}:
-        raise RecipeError(f"no setting that was asked for has the backbone '{name}'.")
-    return [_on(setting, others.get(setting.recipe.backbone.name), overrides) for setting in found]
+    for name in others:
+        if name not in have and name not in map(_family, have):
+            raise RecipeError(f"no setting that was asked for has the backbone '{name}'; there is {', '.join(have)}.")
+    return [_on(setting, others, overrides) for setting in found]
 
 
 def run(
@@ -66,12 +79,14 @@ def run(
     watch: Watch,
     workers: int = 1,
     grids: Mapping[str, Grid] | None = None,
+    protocol: str | None = None,
 ) -> Iterator[tuple[Setting, Comparison]]:
     """Each setting's comparison as it ends; cells that are there are not run again.
 
     rows: only these of each setting's own; all where empty
     workers: cells that run side by side
     grids: by setting, what each row is tuned by first
+    protocol: the hash of the one that the cells are run under
     """
     have = dict.fromkeys(row for setting in chosen for row in setting.rows)
     for row in rows:
@@ -83,22 +98,33 @@ def run(
             watch(Note(f"{setting.name}: {setting.asks}"))
             grid = (grids or {}).get(setting.name)
             own = folder / setting.name
-            yield setting, compare(setting.recipe, asked, seeds, own, True, watch, workers, grid=grid)
+            made = compare(setting.recipe, asked, seeds, own, True, watch, workers, grid=grid, protocol=protocol)
+            yield setting, made
 
 
 def seeds_of(text: str) -> list[int]:
     """`0-4` or `0,3,7` as numbers; raises RecipeError for anything else."""
     first, dash, last = text.partition("-")
     try:
-        return list(range(int(first), int(last) + 1)) if dash else [int(part) for part in text.split(",")]
+        seeds = list(range(int(first), int(last) + 1)) if dash else [int(part) for part in text.split(",")]
     except ValueError:
-        raise RecipeError(f"the seeds '{text}' are none; expected 0-4, or 0,3,7.") from None
+        seeds = []
+    if not seeds:
+        raise RecipeError(f"the seeds '{text}' are none; expected 0-4, or 0,3,7.")
+    return seeds
 
 
-def _setting(name: str, said: Mapping[str, Any]) -> Setting:
-    return Setting(name, said["asks"], load(said["recipe"], said.get("set", {})), tuple(said["rows"]))
+def _setting(name: str, said: _Said) -> Setting:
+    return Setting(name, said.asks, load(said.recipe, said.set), said.rows)
 
 
-def _on(setting: Setting, backbone: str | None, overrides: Overrides) -> Setting:
+def _family(backbone: str) -> str:
+    """`vilt` of the built-in `vilt-small`."""
+    return backbone.removesuffix("-small")
+
+
+def _on(setting: Setting, others: Mapping[str, str], overrides: Overrides) -> Setting:
+    own = setting.recipe.backbone.name
+    backbone = others.get(own, others.get(_family(own)))
     recipe = setting.recipe if backbone is None else setting.recipe.altered({"backbone.name": backbone})
     return replace(setting, recipe=recipe.altered(overrides) if overrides else recipe)

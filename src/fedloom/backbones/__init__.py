@@ -48,12 +48,12 @@ def load(
 
 def locate(name: str) -> str:
     """A built-in backbone's folder, a folder as it is, or else a name on the hub."""
-    built_in = Path(str(files("fedloom"))) / "assets" / "backbones" / name
-    if built_in.is_dir():
-        return str(built_in)
+    built_in = Path(str(files("fedloom"))) / "assets" / "backbones"
+    have = sorted(path.name for path in built_in.glob("*") if path.is_dir())
+    if name in have:
+        return str(built_in / name)
     if Path(name).is_dir() or (name.count("/") == 1 and not name.startswith((".", "/"))):
         return name
-    have = sorted(path.name for path in built_in.parent.glob("*") if path.is_dir())
     remedy = " The folder is made of ALBEF's checkpoint by fedloom.backbones.albef_convert." if "albef" in name else ""
     raise BackboneError(
         f"no backbone '{name}'{suggestion(name, have)}: not a folder, not a hub name (owner/model), and built in are "

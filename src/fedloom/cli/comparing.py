@@ -1,13 +1,17 @@
 """compare, suite, study, verify-aggregation: methods beside each other, and what is inside them."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedloom.cli.app import app
-from fedloom.cli.options import ProtocolFile, RecipeName, Settings, Tune, Workers, folded, loaded
-from fedloom.errors import LawError, RunError
+from fedloom.cli.options import ProtocolFile, RecipeName, Settings, Tune, Workers, folded, loaded, parts
+from fedloom.errors import LawError, RecipeError, RunError
+
+if TYPE_CHECKING:
+    from fedloom.comparisons import Comparison
 
 
 @app.command(epilog="Example: fedloom compare quickstart --methods fedavg,local,linear-probe --seeds 5")
@@ -39,13 +43,17 @@ def compare(
     folder, base = out or Path("runs") / f"compare-{name}", loaded(recipe, settings)
     asked = endpoints.protocol(protocol)
     grid = tuning.grid_of(base, asked) if tune else None
-    rows, aim = methods.split(","), target_of(target)
+    rows, aim, hash = parts(methods), target_of(target), asked.hash if asked else None
+    if not rows:
+        raise RecipeError(f"--methods is '{methods}'; expected rows with commas between them: fedavg,local.")
     with watching() as watch:
-        comparison = compare_rows(base, rows, range(seeds), folder, resume, watch, workers, aim, grid, flops)
+        comparison = compare_rows(base, rows, range(seeds), folder, resume, watch, workers, aim, grid, flops, hash)
     print(comparison_table(comparison))
     if asked and (found := endpoints.judge(asked, {name: folder})):
         print(f"\n{endpoints_table(found)}")
     print(f"\nPage:    {folder / 'comparison.html'}\nFigures: {folder / 'comparison.json'}")
+    if not _ran(comparison, rows):
+        raise RunError(f"none of the rows {rows} could be run; why stands in the table.")
 
 
 @app.command(epilog="Example: fedloom study recovery --seeds 2 --out studies")
@@ -99,17 +107,22 @@ def suite(
     from fedloom.progress import watching
     from fedloom.report import comparison_table, endpoints_table
 
-    others = dict(pair.partition("=")[::2] for pair in backbone or ())
+    others = dict(map(_weights, backbone or ()))
     chosen = suites.settings(file or suites.FILE, names or (), others, settings or ())
-    asked = [row for row in rows.split(",") if row]
+    asked, ran = parts(rows), False
     named = endpoints.protocol(protocol)
     grids = {setting.name: tuning.grid_of(setting.recipe, named) for setting in chosen} if tune else {}
     with watching() as watch:
-        for setting, comparison in suites.run(chosen, asked, suites.seeds_of(seeds), out, watch, workers, grids):
+        for setting, comparison in suites.run(
+            *(chosen, asked, suites.seeds_of(seeds), out, watch, workers, grids, named.hash if named else None)
+        ):
+            ran |= _ran(comparison, asked or setting.rows)
             print(f"{setting.name}: {setting.asks}\n{comparison_table(comparison)}\n")
     if named and (found := endpoints.judge(named, {one.setting: out / one.setting for one in named.endpoints})):
         print(f"{endpoints_table(found)}\n")
     print(f"Pages and figures: {out}")
+    if not ran:
+        raise RunError("no row could be run in any setting; why stands in the tables.")
 
 
 @app.command("verify-aggregation", epilog="Example: fedloom verify-aggregation flexlora --ranks 4,8,16")
@@ -137,3 +150,15 @@ def verify_aggregation(
         print(folded(line))
     if failed := [finding.name for finding in found if finding.failed]:
         raise LawError(f"{method} fails in {', '.join(failed)}: why stands above; expected a merge or an UpdateError.")
+
+
+def _weights(pair: str) -> tuple[str, str]:
+    name, _, folder = pair.partition("=")
+    if not (name and folder):
+        raise RecipeError(f"--backbone is '{pair}'; expected NAME=FOLDER, as in vilt=dandelin/vilt-b32-mlm.")
+    return name, folder
+
+
+def _ran(comparison: "Comparison", rows: Iterable[str]) -> bool:
+    """Whether any cell of these rows is there."""
+    return any(comparison.rows[row]["cells"] for row in rows if row in comparison.rows)

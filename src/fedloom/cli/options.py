@@ -37,6 +37,11 @@ def loaded(recipe: str, settings: list[str] | None) -> "Recipe":
     return load(recipe, settings or ())
 
 
+def parts(names: str) -> list[str]:
+    """`a, b` as a list."""
+    return [part.strip() for part in names.split(",") if part.strip()]
+
+
 def folded(line: str) -> str:
     """A line of 80 columns at most, what follows indented; a path is not torn."""
     indent = " " * (len(line) - len(line.lstrip()) + 4)
