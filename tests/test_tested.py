@@ -22,6 +22,7 @@ from fedloom.metrics import by_label, calibration_error
 from fedloom.statistics import bootstrap
 from fedloom.tasks import VQA, Classification, Detection, Ranking, Task
 from fedloom.tested import Answered
+from fedloom.views import summarised
 
 COLOURS = ("red", "green", "blue")
 TASKS = (Classification(COLOURS, head="linear"), VQA(COLOURS), Ranking(COLOURS), Detection(COLOURS))
@@ -96,6 +97,36 @@ def test_a_difference_is_drawn_in_pairs() -> None:
     apart = bootstrap(own, ones([0.5] * 50))
     assert apart[0] is not None
     assert apart[0] < 0 < apart[1]
+
+
+def test_sites_of_unlike_sizes_are_summed_up_as_by_hand() -> None:
+    values, sizes = (0.9, 0.2, 0.6, 0.5), (10, 30, 20, 40)
+    found = summarised({"value": value, "examples": n} for value, n in zip(values, sizes, strict=True))
+    assert found == pytest.approx(
+        {
+            "mean": 2.2 / 4,
+            "weighted_mean": (9 + 6 + 12 + 20) / 100,
+            "std": (0.35**2 + 0.35**2 + 0.05**2 + 0.05**2) ** 0.5 / 2,  # of these sites: n, not n - 1
+            "worst": 0.2,
+            "worst_fifth": 0.2,  # one site at least
+        }
+    )
+
+
+@pytest.mark.parametrize(("n", "fifth"), [(1, 1), (5, 1), (7, 1), (8, 2), (10, 2), (13, 3)])
+def test_the_worst_fifth_and_the_rest_are_numpy_s(n: int, fifth: int) -> None:
+    rng = np.random.default_rng(n)
+    values, sizes = rng.random(n), rng.integers(1, 99, n)
+    found = summarised({"value": float(value), "examples": int(m)} for value, m in zip(values, sizes, strict=True))
+    assert found == pytest.approx(
+        {
+            "mean": values.mean(),
+            "weighted_mean": np.average(values, weights=sizes),
+            "std": values.std(),
+            "worst": values.min(),
+            "worst_fifth": np.sort(values)[:fifth].mean(),
+        }
+    )
 
 
 def test_an_interval_that_nothing_defines_is_none() -> None:
