@@ -4,9 +4,10 @@
     python benchmarks/publish.py runs/suite/vqamed-merge vqamed-merge --command "fedloom suite vqamed-merge --seeds 0-4"
     python benchmarks/publish.py
 
-Writes benchmarks/results/NAME.json (the run's summary or the comparison, with the command, the commit, the machine and
-the hash of benchmarks/protocol.toml), if it is given a run, and from all that is there every page of docs/results:
-NAME.md, and README.md, which is benchmarks/found.md, every endpoint of the protocol, and the settings.
+Writes benchmarks/results/NAME.json (the run's summary or the comparison, with the command, the commit, what it says of
+its machine, and the hash of the protocol that it was run under: its own word, else that of benchmarks/protocol.toml at
+its commit), if it is given a run, and from all that is there every page of docs/results: NAME.md, and README.md, which
+is benchmarks/found.md, every endpoint of the protocol, and the settings.
 """
 
 import argparse
@@ -44,8 +45,7 @@ def main() -> None:
     if arguments.run is not None:
         if not (arguments.name and arguments.command):
             parser.error("a run is published under a name, with the --command that made it")
-        result = published(arguments.run, {"command": arguments.command, **lineage()})
-        result["commit"] = arguments.commit or result["commit"]
+        result = published(arguments.run, arguments.command, arguments.commit)
         (RESULTS / f"{arguments.name}.json").write_text(json.dumps(result, indent=1) + "\n")
         if arguments.picture:
             arguments.picture.write_text(picture(result["summary"]))
@@ -53,13 +53,14 @@ def main() -> None:
         path.write_text(written)
 
 
-def published(run: Path, made: dict[str, Any]) -> dict[str, Any]:
+def published(run: Path, command: str, commit: str | None = None) -> dict[str, Any]:
     """What is kept of a run or a comparison, beside how it was made."""
+    about = {"command": command, **lineage(commit), **computed(run)}
     if (compared := run / "comparison.json").is_file():
-        result = made | json.loads(compared.read_text())
+        result = about | json.loads(compared.read_text())
         return result | {"differences": told(result), "plan": plan(run)}
     done = Run(run)
-    return made | {"recipe": done.recipe.table(), "summary": done.summary}
+    return about | {"recipe": done.recipe.table(), "summary": done.summary}
 
 
 def pages() -> Iterator[tuple[Path, str]]:
@@ -77,12 +78,29 @@ def contents() -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
 
 
-def lineage() -> dict[str, str]:
-    """What a figure must say of itself: the commit it was made at, and on what."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, no GPU, one thread, Python {platform.python_version()}"
-    protocol = hashlib.sha256((ROOT / "benchmarks" / "protocol.toml").read_bytes()).hexdigest()
-    return {"commit": commit.stdout.strip(), "machine": machine, "protocol": protocol}
+def lineage(commit: str | None = None) -> dict[str, Any]:
+    """What a figure must say of itself: the commit it was made at, else this one, its protocol, and on what."""
+    if commit is None:
+        parsed = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        commit = parsed.stdout.strip()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    return {"commit": commit, "machine": machine, "protocol": protocol_at(commit)}
+
+
+def protocol_at(commit: str) -> str | None:
+    """The hash of the protocol as it stood at a commit, whatever stands there now; None where there was none."""
+    show = ["git", "show", f"{commit}:benchmarks/protocol.toml"]
+    shown = subprocess.run(show, cwd=ROOT, capture_output=True, check=False)
+    return None if shown.returncode else hashlib.sha256(shown.stdout).hexdigest()
+
+
+def computed(run: Path) -> dict[str, str]:
+    """The machine, as a run or the cells of a comparison tell: threads, device, versions; nothing where they do not."""
+    files = (*run.glob("summary.json"), *run.glob("cells/*/summary.json"))
+    told = [said for path in files if (said := json.loads(path.read_text()).get("lineage"))]
+    # Without precision and attention, which stand in the comparison's own plan.
+    machines = {", ".join([*said["plan"].split(", ")[2:], *map(" ".join, said["versions"].items())]) for said in told}
+    return {"machine": "; ".join(sorted(machines))} if machines else {}
 
 
 def plan(folder: Path) -> dict[str, str]:
@@ -96,7 +114,7 @@ def page(name: str, result: dict[str, Any]) -> str:
     summary = result["summary"]
     return (
         f"# {name}\n\n"
-        f"`{result['command']}`, seed {summary['seed']}, commit {result['commit'][:10]}, {result['machine']}. "
+        f"`{result['command']}`, seed {summary['seed']}, {made(result)}. "
         f"One run of one seed: no interval. Made from `benchmarks/results/{name}.json` by `benchmarks/publish.py`.\n\n"
         f"```text\n{table(summary)}\n```\n"
     )
@@ -108,10 +126,16 @@ def compared_page(name: str, result: dict[str, Any]) -> str:
     numerics = ", ".join(f"{key} {value}" for key, value in result["plan"].items())
     return (
         f"# {name}\n\n"
-        f"`{result['command']}`, commit {result['commit'][:10]}, protocol {result['protocol'][:10]}, "
-        f"{result['machine']}; {numerics}. Made from `benchmarks/results/{name}.json` by `benchmarks/publish.py`.\n\n"
+        f"`{result['command']}`, {made(result)}; {numerics}. "
+        f"Made from `benchmarks/results/{name}.json` by `benchmarks/publish.py`.\n\n"
         f"```text\n{comparison_table(comparison)}\n```\n{tuned(result.get('tuning'))}"
     )
+
+
+def made(result: dict[str, Any]) -> str:
+    """At which commit, under which protocol if there was one, and where."""
+    protocol = f"protocol {result['protocol'][:10]}, " if result.get("protocol") else ""
+    return f"commit {result['commit'][:10]}, {protocol}{result['machine']}"
 
 
 def tuned(tuning: dict[str, Any] | None) -> str:
@@ -208,7 +232,7 @@ def setting(name: str, content: dict[str, Any]) -> str:
         if values:
             means[row] = 100 * sum(values) / len(values)
     rows = ", ".join(f"{row} {means[row]:.1f}" for row in sorted(means, key=lambda row: -means[row]))
-    return f"| [{name}]({name}.md) | {len(content['seeds'])} | {content['protocol'][:7]} | {rows} |"
+    return f"| [{name}]({name}.md) | {len(content['seeds'])} | {(content['protocol'] or 'none')[:7]} | {rows} |"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Comparisons: every cell once, whatever happens in between; intervals as SciPy has them."""
 
+import hashlib
 import json
 import sys
 from collections import Counter
@@ -174,9 +175,12 @@ def test_an_unknown_row_is_refused_before_anything_runs(short: Path, tmp_path: P
 
 
 def test_the_command_prints_rows_and_differences(fedloom: Fedloom, short: Path, tmp_path: Path) -> None:
-    arguments = ("compare", short, "--methods", "frozen,local", "--seeds", 2, "--out", tmp_path / "compared")
-    code, out, err = fedloom(*arguments)
+    arguments = ("compare", short, "--methods", "frozen, local", "--seeds", 2, "--out", tmp_path / "compared")
+    (protocol := tmp_path / "protocol.toml").write_text("[grid]\nlr = [0.1]\n")  # of no endpoint here
+    code, out, err = fedloom(*arguments, "--protocol", protocol)
     assert (code, err) == (0, "")
+    saved = json.loads((tmp_path / "compared" / "comparison.json").read_text())
+    assert saved["protocol"] == hashlib.sha256(protocol.read_bytes()).hexdigest()
     assert "frozen - local" in out
     assert out.rstrip().endswith("comparison.json")
     code, _, err = fedloom(*arguments)

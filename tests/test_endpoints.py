@@ -100,6 +100,9 @@ def test_the_protocol_goes_into_the_comparison(tmp_path: Path) -> None:
     saved = json.loads((folder / "comparison.json").read_text())
     assert (saved["protocol"], saved["endpoints"]) == (own.hash, found)
     assert own.hash in (folder / "comparison.html").read_text()
+    (folder / "comparison.json").write_text(json.dumps({**saved, "protocol": "of before"}))
+    judge(own, {"merge": folder})
+    assert json.loads((folder / "comparison.json").read_text())["protocol"] == "of before"  # it was not run again
     table = endpoints_table(found)
     assert "fedpia, primary: merge, personal: a - b" in table
     assert "lower limit above the margin -1.0; p 0.250" in table

@@ -1,7 +1,9 @@
 """Every study on a tiny federation, and what must hold of any study, whatever it finds."""
 
+import hashlib
 import importlib.util
 import json
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -321,6 +323,40 @@ def test_every_page_of_results_is_made_from_its_figures() -> None:
     made = dict(publisher("publish").pages())
     assert {path.name for path in made} | {"advise.md"} == {path.name for path in (ROOT / "docs/results").iterdir()}
     assert [path.name for path, written in made.items() if path.read_text("utf-8") != written] == []
+
+
+def test_what_is_published_says_what_its_runs_say_of_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = publisher("publish")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    file = tmp_path / "benchmarks" / "protocol.toml"
+    file.parent.mkdir()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "-q"], check=True)
+    commits = []
+    for text in ("first", "second"):
+        file.write_text(text)
+        subprocess.run([*git, "add", "."], check=True)
+        subprocess.run([*git, "commit", "-qm", text], check=True)
+        commits.append(module.lineage()["commit"])
+    file.write_text("never committed")
+    first, second = (hashlib.sha256(text.encode()).hexdigest() for text in ("first", "second"))
+    run = tmp_path / "run"
+    (run / "cells" / "one").mkdir(parents=True)
+    (run / "cells" / "one" / "recipe.toml").write_text(
+        "[backbone]\ndtype = 'float32'\nattention = 'sdpa'\nkernels = 'auto'"
+    )
+    lineage = {"plan": "float32, sdpa, 1 thread, cuda of x86_64", "versions": {"python": "3.12", "torch": "2.9"}}
+    (run / "cells" / "one" / "summary.json").write_text(json.dumps({"lineage": lineage}))
+    content = {"rows": {}, "differences": [], "seeds": [0], "recipe": "", "fedloom": ""}
+    for own, hashes in (({}, (first, second)), ({"protocol": "its own"}, ("its own", "its own"))):
+        (run / "comparison.json").write_text(json.dumps(content | own))
+        found = [module.published(run, "made", commit) for commit in commits]
+        assert tuple(one["protocol"] for one in found) == hashes
+    assert {one["machine"] for one in found} == {"1 thread, cuda of x86_64, python 3.12, torch 2.9"}
+    assert "protocol its own, 1 thread, cuda of x86_64" in module.compared_page("x", found[0])
+    assert module.protocol_at("0" * 40) is None
 
 
 def test_an_endpoint_of_one_seed_has_no_interval() -> None:

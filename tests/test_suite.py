@@ -1,5 +1,7 @@
 """Every built-in recipe and every setting of the suite: it loads, its rows do, and it becomes sites as it says."""
 
+import hashlib
+import json
 import re
 import tomllib
 from collections.abc import Callable
@@ -171,8 +173,11 @@ def test_the_suite_command_runs_a_setting_and_goes_on(fedloom: Any, recipe: Path
         "set = { federation.rounds = 1 }\n"
     )
     call = ("suite", "--file", suite, "--out", tmp_path / "out", "--seeds", "0-1")
-    code, out, err = fedloom(*call, "--rows", "local")
+    (protocol := tmp_path / "protocol.toml").write_text("[grid]\nlr = [0.1]\n")
+    code, out, err = fedloom(*call, "--rows", "local", "--protocol", protocol)
     assert (code, err.count("Traceback")) == (0, 0), err
+    saved = json.loads((tmp_path / "out" / "squares" / "comparison.json").read_text())
+    assert saved["protocol"] == hashlib.sha256(protocol.read_bytes()).hexdigest()
     assert "squares: Is red red?" in out
     cells = sorted((tmp_path / "out" / "squares" / "cells").iterdir())
     assert len(cells) == 2

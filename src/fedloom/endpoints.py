@@ -15,7 +15,7 @@ from typing import Any
 
 from fedloom.errors import RecipeError
 from fedloom.report.compared import FILE as COMPARISON
-from fedloom.report.compared import write_comparison
+from fedloom.report.compared import read, write_comparison
 from fedloom.statistics import holm, interval, sign_flip
 from fedloom.store import write
 
@@ -78,16 +78,15 @@ def protocol(file: Path | None) -> Protocol | None:
 
 
 def judge(own: Protocol, folders: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """The protocol's endpoints in these settings' comparisons, which are told of them: the file and its page."""
-    contents = {
-        name: json.loads((folder / COMPARISON).read_text())
-        for name, folder in folders.items()
-        if (folder / COMPARISON).is_file()
-    }
+    """The protocol's endpoints in these settings' comparisons, which are told of them: the file and its page.
+
+    A comparison that was run under another protocol keeps the hash of that one.
+    """
+    contents = {name: read(folder) for name, folder in folders.items() if (folder / COMPARISON).is_file()}
     found = judged(own.endpoints, contents)
     for name, content in contents.items():
         if asked := [one for one in found if one["setting"] == name]:
-            told = {**content, "protocol": own.hash, "endpoints": asked}
+            told = {"protocol": own.hash, **content, "endpoints": asked}
             write(folders[name] / COMPARISON, (json.dumps(told, indent=2) + "\n").encode())
             write_comparison(folders[name])
     return [one for one in found if one["setting"] in contents]
