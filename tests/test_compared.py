@@ -137,6 +137,7 @@ def test_differences_are_found_whichever_way_round(compared: Comparison) -> None
 
 def test_the_table_tells_spread_cost_and_rounds(compared: Comparison) -> None:
     lines = comparison_table(compared).splitlines()
+    assert lines[1] == "p: sign-flip test of one pair by itself, not corrected for how many there are"
     (spread,) = (line.split() for line in lines if line.startswith("fedavg ") and "kB" not in line)
     assert spread[1:] == ["63.5", "63.5", "10.0", "56.5", "56.5", "+7.8"]
     (cost,) = (line.split() for line in lines if line.startswith("fedavg ") and "kB" in line)
@@ -163,7 +164,9 @@ def test_a_comparison_of_before_these_figures_is_shown_too(compared: Comparison,
     (tmp_path / "comparison.json").write_text(json.dumps(own))
     write_comparison(tmp_path)
     assert "63.5" in (tmp_path / "comparison.html").read_text()
-    assert "63.5" in comparison_table(Comparison(own["rows"], own["differences"], own["seeds"]))
+    table = comparison_table(Comparison(own["rows"], own["differences"], own["seeds"]))
+    assert "63.5" in table
+    assert "sign-flip" not in table  # it has no p
 
 
 def test_of_many_rows_only_the_differences_to_local_only_are_told(compared: Comparison) -> None:

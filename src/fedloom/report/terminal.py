@@ -142,6 +142,8 @@ def comparison_table(comparison: "Comparison") -> str:
     sites differ, what it cost, who would do better alone, and what is not there and why."""
     content: Mapping[str, Any] = vars(comparison)
     lines = [f"{counted(len(comparison.seeds), 'seed')}; in points, with 95 % t intervals over seeds"]
+    if any(one.get("p") is not None and one["n"] > 1 for one in compared.told(content)):
+        lines.append("p: sign-flip test of one pair by itself, not corrected for how many there are")
     for name in compared.means(content):
         lines += ["", name.removesuffix(".mean")]
         lines += [
