@@ -23,7 +23,7 @@ def compare(
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many, from 0 on.")] = 5,
     settings: Settings = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where its cells are kept.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a comparison that was stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with it; rows and seeds of before stay.")] = False,
     workers: Workers = 1,
     target: Annotated[
         str | None, typer.Option("--target", metavar="ROW|VALUE", help="Count rounds until held-out reaches it.")
@@ -94,7 +94,7 @@ def suite(
     seeds: Annotated[str, typer.Option("--seeds", metavar="FIRST-LAST", help="Or a list: 0,3,7.")] = "0-9",
     backbone: Annotated[
         list[str] | None,
-        typer.Option("--backbone", metavar="NAME=FOLDER", help="Other weights for a small backbone. Repeatable."),
+        typer.Option("--backbone", metavar="NAME=FOLDER", help="Other weights for vilt-small, or vilt. Repeatable."),
     ] = None,
     file: Annotated[Path | None, typer.Option("--file", metavar="FILE", help="Another suite.")] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where its cells are kept.")] = Path("runs/suite"),
