@@ -19,7 +19,6 @@ import re
 import subprocess
 import tomllib
 from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +141,7 @@ def tuned(tuning: dict[str, Any] | None) -> str:
     """What was chosen for each row, and what each choice came to; nothing where nothing was tuned."""
     if tuning is None:
         return ""
-    said = [json.dumps(dict(zip(tuning["grid"], values, strict=True))) for values in product(*tuning["grid"].values())]
+    said = list(dict.fromkeys(json.dumps(one["set"]) for own in tuning["rows"].values() for one in own["tried"]))
     lines = [
         f"\nChosen for each row on seeds {', '.join(map(str, tuning['seeds']))}, by the mean held-out metric of the "
         "sites (per cent):\n",
@@ -152,12 +151,13 @@ def tuned(tuning: dict[str, Any] | None) -> str:
     for row, own in tuning["rows"].items():
         if own["choice"] is None:
             continue
-        tried = {json.dumps(one["set"]): one.get("held_out") for one in own["tried"]}
-        marks = {said: "**" if said == json.dumps(own["choice"]) else "" for said in tried}
-        cells = (
-            f"{marks[key]}{100 * x:.1f}{marks[key]}" if (x := tried[key]) is not None else "failed" for key in said
-        )
-        lines.append(f"| {row} | {' | '.join(cells)} |")
+        cells = dict.fromkeys(said, "")
+        for one in own["tried"]:
+            mark = "**" if one["set"] == own["choice"] else ""
+            cells[json.dumps(one["set"])] = (
+                f"{mark}{100 * one['held_out']:.1f}{mark}" if "held_out" in one else "failed"
+            )
+        lines.append(f"| {row} | {' | '.join(cells.values())} |")
     if at := edge(tuning):
         lines.append(f"\nAt the edge of its grid, where more might be gained: {', '.join(at)}.")
     return "\n".join(lines) + "\n"
@@ -165,12 +165,15 @@ def tuned(tuning: dict[str, Any] | None) -> str:
 
 def edge(tuning: dict[str, Any]) -> list[str]:
     """The rows that chose the first or the last of some key's values, though it mattered which."""
-    ends = {key: (values[0], values[-1]) for key, values in tuning["grid"].items() if len(values) > 1}
     return [
         row
         for row, own in tuning["rows"].items()
         if len({tried.get("held_out") for tried in own["tried"]}) > 1
-        and any((own["choice"] or {}).get(key) in values for key, values in ends.items())
+        and any(
+            len(values) > 1 and value in (values[0], values[-1])
+            for key, value in (own["choice"] or {}).items()
+            if (values := list(dict.fromkeys(tried["set"][key] for tried in own["tried"])))
+        )
     ]
 
 

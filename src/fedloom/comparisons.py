@@ -305,8 +305,7 @@ def _before(folder: Path, recipe: Recipe, resume: bool, grid: Grid | None) -> Co
         raise RunError(f"the comparison in '{folder}' is of another recipe; name another folder (--out).")
     if before.get("tuning", {}).get("grid") != (None if grid is None else dict(grid)):
         raise RunError(f"the comparison in '{folder}' was tuned otherwise (--tune); name another folder (--out).")
-    later = (before.get(key) for key in LATER)
-    return Comparison(before["rows"], before["differences"], before["seeds"], *later)
+    return Comparison(before["rows"], before["differences"], before["seeds"], *map(before.get, LATER))
 
 
 def _save(folder: Path, recipe: Recipe, comparison: Comparison) -> None:
