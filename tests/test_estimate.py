@@ -43,6 +43,7 @@ PIA = {"compare.fedpia.method": {"name": "fedpia", "probe": 4, "choose": [0.5]}}
         ("feddlp", {}),
         ("feddlp", {"backbone.cache": True, "training.finetune": 0}),
         ("fedpia", {}),
+        ("fedpia", {"training.batch": 1}),  # its few steps hold fewer images than its probe
         ("ensemble-distilled", {"federation.rounds": 2}),
     ],
 )

@@ -5,20 +5,24 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from itertools import islice
 
 import torch
 
 from fedloom.assembly import Federation, assemble, planned
+from fedloom.backbones.batches import Batch
+from fedloom.data import Dataset
 from fedloom.engines.local import Participant
 from fedloom.errors import UpdateError
 from fedloom.federation import admit, site_evaluate, visible
 from fedloom.flops import Count, counted, of_cache
 from fedloom.lineage import peak
 from fedloom.methods import Method
+from fedloom.places import Adapter
 from fedloom.recipe import Recipe
 from fedloom.report.figures import duration, on_the_wire, size
-from fedloom.site import Answer, Update
+from fedloom.site import Answer, Site, Update
 from fedloom.tensors import Private, Shared, at, shapes, to_bytes, under, without
 
 STEPS = 3  # that are timed
@@ -162,17 +166,28 @@ def _measured(federation: Federation, own: Participant, shared: Shared, given: S
     )
 
 
+@dataclass(frozen=True)
+class _Brief(Site):
+    """A site whose loops over training examples end after a few steps."""
+
+    def batches(self, round: int | str, epochs: int | None = None) -> Iterator[Batch]:
+        return islice(super().batches(round, epochs), STEPS)
+
+    def kept(self, dataset: Dataset, adapter: Adapter) -> Dataset:
+        return super().kept(dataset[: self.training.batch * STEPS], adapter)
+
+
 def _one_round(federation: Federation, own: Participant, shared: Shared) -> tuple[float, Update, Private]:
     """Seconds a step, and what a site sends and keeps."""
     method, training = federation.method, replace(own.site.training, epochs=1, warmup_head=0)
-    few = own.site.train[: training.batch * STEPS]
-    site = replace(own.site, train=few, held_out=own.site.held_out[:0], training=training)
+    brief = replace(own.site, held_out=own.site.held_out[:0], training=training)
+    site = _Brief(**{part.name: getattr(brief, part.name) for part in fields(brief)})
     method.local_round(
         0, site, visible(shared), Private({})
     )  # the first pass also decodes images and encodes candidates
     began = time.perf_counter()
     update, private = method.local_round(0, site, visible(shared), Private({}))
-    return (time.perf_counter() - began) / -(-len(few) // training.batch), update, private
+    return (time.perf_counter() - began) / min(STEPS, -(-len(site) // training.batch)), update, private
 
 
 def _trained(update: Update, private: Private) -> int:
