@@ -182,7 +182,10 @@ def test_the_suite_command_runs_a_setting_and_goes_on(fedloom: Any, recipe: Path
     cells = sorted((tmp_path / "out" / "squares" / "cells").iterdir())
     assert len(cells) == 2
     times = [(cell / "summary.json").stat().st_mtime_ns for cell in cells]
-    code, out, _ = fedloom(*call)
+    code, out, _ = fedloom(*call, "--flops", "--target", "local")
+    saved = json.loads((tmp_path / "out" / "squares" / "comparison.json").read_text())
+    assert saved["target"] == "local"
+    assert all(own["costs"]["flops"] > 0 for own in saved["rows"].values())
     assert "local - frozen" in out or "frozen - local" in out
     assert [(cell / "summary.json").stat().st_mtime_ns for cell in cells] == times  # not run again
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fedloom.comparisons import Comparison, compare
+from fedloom.comparisons import Comparison, Target, compare
 from fedloom.errors import RecipeError
 from fedloom.events import Note, Watch
 from fedloom.overrides import Overrides
@@ -78,15 +78,16 @@ def run(
     folder: Path,
     watch: Watch,
     workers: int = 1,
+    target: Target = None,
     grids: Mapping[str, Grid] | None = None,
+    counted: bool = False,
     protocol: str | None = None,
 ) -> Iterator[tuple[Setting, Comparison]]:
     """Each setting's comparison as it ends; cells that are there are not run again.
 
     rows: only these of each setting's own; all where empty
-    workers: cells that run side by side
     grids: by setting, what each row is tuned by first
-    protocol: the hash of the one that the cells are run under
+    workers, target, counted, protocol: as of `compare`
     """
     have = dict.fromkeys(row for setting in chosen for row in setting.rows)
     for row in rows:
@@ -98,8 +99,8 @@ def run(
             watch(Note(f"{setting.name}: {setting.asks}"))
             grid = (grids or {}).get(setting.name)
             own = folder / setting.name
-            made = compare(setting.recipe, asked, seeds, own, True, watch, workers, grid=grid, protocol=protocol)
-            yield setting, made
+            how = (True, watch, workers, target, grid, counted, protocol)
+            yield setting, compare(setting.recipe, asked, seeds, own, *how)
 
 
 def seeds_of(text: str) -> list[int]:

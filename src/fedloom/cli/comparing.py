@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedloom.cli.app import app
-from fedloom.cli.options import ProtocolFile, RecipeName, Settings, Tune, Workers, folded, loaded, parts
+from fedloom.cli.options import Aim, Flops, ProtocolFile, RecipeName, Settings, Tune, Workers, folded, loaded, parts
 from fedloom.errors import LawError, RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -25,11 +25,9 @@ def compare(
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where its cells are kept.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with it; rows and seeds of before stay.")] = False,
     workers: Workers = 1,
-    target: Annotated[
-        str | None, typer.Option("--target", metavar="ROW|VALUE", help="Count rounds until held-out reaches it.")
-    ] = None,
+    target: Aim = None,
     tune: Tune = False,
-    flops: Annotated[bool, typer.Option("--flops", help="Count FLOPs and trained parameters too.")] = False,
+    flops: Flops = False,
     protocol: ProtocolFile = None,
 ) -> None:
     """Run several methods on the same sites and seeds, and show their paired differences."""
@@ -99,11 +97,14 @@ def suite(
     file: Annotated[Path | None, typer.Option("--file", metavar="FILE", help="Another suite.")] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where its cells are kept.")] = Path("runs/suite"),
     workers: Workers = 1,
+    target: Aim = None,
     tune: Tune = False,
+    flops: Flops = False,
     protocol: ProtocolFile = None,
 ) -> None:
     """Run the settings of benchmarks/suite.toml, and print each one's table; what is there is not run again."""
     from fedloom import endpoints, suites, tuning
+    from fedloom.comparisons import target_of
     from fedloom.progress import watching
     from fedloom.report import comparison_table, endpoints_table
 
@@ -111,10 +112,11 @@ def suite(
     chosen = suites.settings(file or suites.FILE, names or (), others, settings or ())
     asked, ran = parts(rows), False
     named = endpoints.protocol(protocol)
+    hash = named.hash if named else None
     grids = {setting.name: tuning.grid_of(setting.recipe, named) for setting in chosen} if tune else {}
     with watching() as watch:
         for setting, comparison in suites.run(
-            *(chosen, asked, suites.seeds_of(seeds), out, watch, workers, grids, named.hash if named else None)
+            *(chosen, asked, suites.seeds_of(seeds), out, watch, workers, target_of(target), grids, flops, hash)
         ):
             ran |= _ran(comparison, asked or setting.rows)
             print(f"{setting.name}: {setting.asks}\n{comparison_table(comparison)}\n")

@@ -20,6 +20,10 @@ Tune = Annotated[
 ProtocolFile = Annotated[
     Path | None, typer.Option("--protocol", metavar="FILE", help="Endpoints; else benchmarks/protocol.toml, if there.")
 ]
+Aim = Annotated[
+    str | None, typer.Option("--target", metavar="ROW|VALUE", help="Count rounds until held-out reaches it.")
+]
+Flops = Annotated[bool, typer.Option("--flops", help="Count FLOPs and trained parameters too.")]
 Device = Annotated[
     str | None, typer.Option("--device", metavar="NAME", help="Where the backbone computes; else where it was trained.")
 ]
