@@ -198,7 +198,7 @@ def test_the_table_says_what_it_comes_to() -> None:
     assert "Exact: " in table(findings(stacked))
     assert "loses what any rule of that rank must in mean of products, unequal ranks" in table(findings(cut))
     said = table(findings(FedAvg()))
-    assert "unequal ranks: refused: cannot average" in said
+    assert "unequal ranks: refused: site 'site-0' sent 'probe.0.layer/A'" in said
     assert said.endswith("Not exact in: mean of products, permuted units, rotated units, scaled units.")
 
 

@@ -54,6 +54,7 @@ def open_dicom(path: Path, limit: int) -> Image.Image:
         raise ImageError(f"image {path} is missing") from None
     except InvalidDicomError:
         raise ImageError(f"image {path} is no DICOM file") from None
+    # All of these pydicom and its decoders raise for damaged files, for tags that are missing, and for unknown codings.
     except (AttributeError, EOFError, KeyError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__  # an EOFError has no words of its own
         raise ImageError(f"image {path} cannot be decoded: {reason}") from error

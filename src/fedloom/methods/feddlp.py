@@ -32,9 +32,9 @@ Deviations, each undone by `FedDLP.official()`, which is the authors' program:
 
 Also ours: a task's head is private and is trained in step 1; a site without a local adapter (a newcomer, or one that
 comes late) starts from the global one, and in the first round, where that is zero, from a fresh start like all others.
-The mean of A times that of B is not the mean of products (`residual`; of unlike ranks 0.72 in `verify-aggregation`).
-`aggregation = "procrustes"` turns every site's balanced factors towards the global ones before the mean; `"product"`
-sends on the best factors of the mean of products.
+The mean of A times that of B is not the mean of products (`residual`; 0.74 in `verify-aggregation`), and has no unlike
+ranks. `aggregation = "procrustes"` turns every site's balanced factors towards the global ones before the mean;
+`"product"` sends on the best factors of the mean of products.
 """
 
 import logging
