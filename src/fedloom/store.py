@@ -5,6 +5,7 @@ that was damaged is known, named and passed over.
 """
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -134,10 +135,9 @@ def write(path: Path, content: bytes) -> None:
     except OSError as e:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)  # of a full disk, what it holds is needed first
-        raise StoreError(
-            f"'{path}' cannot be written: {e.strerror}; it takes {len(content):,} bytes. Free space there, or name "
-            "another folder."
-        ) from e
+        full = e.errno in {errno.ENOSPC, errno.EDQUOT}
+        remedy = f"; it takes {len(content):,} bytes. Free space there, or name" if full else ". Name"
+        raise StoreError(f"'{path}' cannot be written: {e.strerror}{remedy} another folder.") from e
 
 
 def holds_anything(folder: Path) -> bool:
