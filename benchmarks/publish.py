@@ -8,9 +8,9 @@
 Writes benchmarks/results/NAME.json (the run's summary or the comparison, with the command, the commit, what it says of
 its machine, and the hash of the protocol that it was run under: its own word, else that of benchmarks/protocol.toml at
 its commit), if it is given a run, and from all that is there every page of docs/results: NAME.md, and README.md, which
-is benchmarks/found.md, every endpoint of the protocol, and the settings. With --add rows and seeds that were
-published before and are not in this run stay, if at least one cell of them was run again, and all that were came out
-the same to the bit.
+is benchmarks/found.md with its figures, every endpoint of the protocol, and the settings. With --add rows and seeds
+that were published before and are not in this run stay, if at least one cell of them was run again, and all that were
+came out the same to the bit.
 """
 
 import argparse
@@ -24,6 +24,8 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from found import filled
 
 from fedloom.endpoints import judged, protocol
 from fedloom.outcomes import Comparison, differences
@@ -47,6 +49,8 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="an SVG to draw")
     arguments = parser.parse_args()
     if arguments.run is not None:
+        if not arguments.run.is_dir():
+            parser.error(f"there is no run in '{arguments.run}'")
         if not (arguments.name and arguments.command):
             parser.error("a run is published under a name, with the --command that made it")
         result = published(arguments.run, arguments.command, arguments.commit)
@@ -249,7 +253,8 @@ def index() -> str:
     compared = {name: content for name, content in everything.items() if "rows" in content}
     asked = protocol(ROOT / "benchmarks" / "protocol.toml")
     assert asked is not None
-    lines = [(ROOT / "benchmarks" / "found.md").read_text().rstrip(), "", "## The endpoints of the protocol", ""]
+    found = filled((ROOT / "benchmarks" / "found.md").read_text(), compared)
+    lines = [found.rstrip(), "", "## The endpoints of the protocol", ""]
     lines += [
         "In points, with 95 % t intervals over seeds; p of the sign-flip test against the margin, of secondary ones by "
         "Holm over all that the protocol names. `benchmarks/protocol.toml` was committed before they were run; those "

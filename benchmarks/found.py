@@ -1,0 +1,141 @@
+"""The figures of benchmarks/found.md: named there, read from benchmarks/results, never typed.
+
+    {own caltech-dirichlet-few: feddlp - local}   +2.5 ± 1.2
+    {all caltech-dirichlet-few: feddlp}           19.3
+    {own.labels mixed-tasks: feddat - local}      of one task, where there are several
+    {own PAGE: ROW - PAGE: ROW}                   rows of two pages, paired by seed
+    {sent caltech-wire: wire-int8 / fedavg}       0.25, of the bytes that sites send
+    {gains own of SETTING, ... by ROW, ROW | ROW, ...}
+
+A figure is a mean over seeds, in points; a difference is one over the seeds that both rows have, with half of its 95 %
+t interval. `gains` is a table of each row minus training alone: minus the row that trains its adapter alone, where some
+page has both, else minus local-only. Of pages that have both the one with most seeds counts, of `ROW | ROW` the first
+that is there; bold leaves out zero.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedloom.report.compared import ALONE, judge
+from fedloom.statistics import interval
+
+Contents = Mapping[str, Mapping[str, Any]]  # the comparisons that are published, by page
+Scores = dict[str, float]  # of a row, by seed
+
+VIEWS = {
+    "own": ("personal", "mean"),
+    "worst": ("personal", "worst_fifth"),
+    "all": ("global", "mean"),
+    "newcomer": ("newcomer", "mean"),
+}
+NAMED = re.compile(r"\{(\w+)(?:\.(\w+))?\s([^{}]+)\}")
+
+
+def filled(text: str, contents: Contents) -> str:
+    """The text with every figure that it names.
+
+    raises SystemExit: no page, row, view or task of that name, or several tasks and none named
+    """
+
+    def figure(match: re.Match[str]) -> str:
+        kind, task, named = match[1], match[2], " ".join(match[3].split())
+        try:
+            if kind == "gains":
+                return gains(named, contents)
+            if kind == "sent":
+                return sent(named, contents)
+            return score(kind, task, named, contents)
+        except (KeyError, ValueError) as e:
+            raise SystemExit(f"found.md names {match[0]}, and the results have no such figure: {e}.") from None
+
+    return NAMED.sub(figure, text)
+
+
+def score(kind: str, task: str | None, named: str, contents: Contents) -> str:
+    """A row's mean over seeds, or the difference of two rows."""
+    of, _, minus = named.partition(" - ")
+    page, row = of.split(": ")
+    own = scores(contents[page]["rows"][row], kind, task)
+    if not minus:
+        return f"{100 * sum(own.values()) / len(own):.1f}"
+    page, row = minus.split(": ") if ": " in minus else (page, minus)
+    return estimate(differences(own, scores(contents[page]["rows"][row], kind, task)))
+
+
+def scores(row: Mapping[str, Any], kind: str, task: str | None) -> Scores:
+    """What a row scores in a view; empty where it has not run."""
+    view, over = VIEWS[kind]
+    name = re.compile(rf"{view}\.{task or '[^.]+'}\.{over}")
+    found = [
+        (seed, key, value) for seed, cell in row["cells"].items() for key, value in cell.items() if name.fullmatch(key)
+    ]
+    if len({key for _, key, _ in found}) != bool(row["cells"]):
+        raise ValueError(f"{kind} is {', '.join(sorted({key for _, key, _ in found})) or 'not told'} there")
+    return {seed: value for seed, _, value in found}
+
+
+def differences(own: Scores, its: Scores) -> list[float]:
+    """In points, over the seeds that both have."""
+    return [100 * (own[seed] - its[seed]) for seed in own if seed in its]
+
+
+def estimate(values: Sequence[float]) -> str:
+    """A mean, with half of its interval."""
+    told = interval(values)
+    if told["mean"] is None or told["high"] is None:
+        return f"{told['mean']:+.1f} (one seed)"
+    return f"{told['mean']:+.1f} ± {told['high'] - told['mean']:.1f}"
+
+
+def sent(named: str, contents: Contents) -> str:
+    """What the sites of one row send, as a fraction of what those of another do."""
+    page, rows = named.split(": ")
+    own, its = (contents[page]["rows"][row]["summary"]["bytes_up"]["mean"] for row in rows.split(" / "))
+    return f"{own / its:.2f}"
+
+
+def gains(named: str, contents: Contents) -> str:
+    """The table of each row minus training alone, a line for each setting."""
+    whose, rows = named.split(" by ")
+    kind, settings = whose.split(" of ")
+    columns = [column.split(" | ") for column in rows.split(", ")]
+    lines = [f"| setting | seeds | {' | '.join(' / '.join(column) for column in columns)} |"]
+    lines.append(f"| --- | ---: |{' ---: |' * len(columns)}")
+    for line in settings.split(", "):
+        setting, _, task = line.partition(".")
+        pages = [contents[page] for page in sorted(contents, key=len) if of(contents[page]) == setting]
+        found = [next(filter(None, (gain(row, kind, task, pages) for row in column)), []) for column in columns]
+        seeds = sorted({len(values) for values in found if values})
+        if not seeds:
+            raise ValueError(f"no row of {line} beside training alone")
+        many = " to ".join(dict.fromkeys((str(seeds[0]), str(seeds[-1]))))
+        lines.append(f"| [{line}]({setting}.md) | {many} | {' | '.join(map(told, found))} |")
+    return "\n".join(lines)
+
+
+def of(content: Mapping[str, Any]) -> str | None:
+    """The setting of a comparison; none where it is not of the suite."""
+    words: list[str] = content["command"].split()
+    return words[2] if words[1] == "suite" else None
+
+
+def gain(row: str, kind: str, task: str, pages: Sequence[Mapping[str, Any]]) -> list[float]:
+    """By seed, what a row is above training alone; empty where no page has both."""
+    found: list[tuple[bool, list[float]]] = [(False, [])]
+    for content in pages:
+        rows = content["rows"]
+        for alone in {judge(content, row), ALONE} - {row}:
+            if row in rows and alone in rows:
+                own, its = (scores(rows[name], kind, task) for name in (row, alone))
+                found.append((alone != ALONE, differences(own, its)))
+    return max(found, key=lambda one: (one[0] and bool(one[1]), len(one[1])))[1]
+
+
+def told(values: Sequence[float]) -> str:
+    """A cell of the table."""
+    if not values:
+        return "–"
+    limits = interval(values)
+    beyond = limits["low"] is not None and limits["high"] is not None and not limits["low"] <= 0 <= limits["high"]
+    return f"**{estimate(values)}**" if beyond else estimate(values)

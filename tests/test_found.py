@@ -1,0 +1,114 @@
+"""What docs/results says: each of its figures is named, and read from what is published."""
+
+import importlib.util
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy.stats import ttest_1samp
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+FOUND = (BENCHMARKS / "found.md").read_text("utf-8")
+ASIDE = {
+    "caltech-bf16",
+    "caltech-wire",
+    "caltech-dirichlet-wire",
+    "caltech-dirichlet-shared",
+}  # one question of their own
+
+Row = list[float]
+
+
+@pytest.fixture(scope="module")
+def filled() -> Callable[[str, Mapping[str, Any]], str]:
+    spec = importlib.util.spec_from_file_location("found", BENCHMARKS / "found.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    told: Callable[[str, Mapping[str, Any]], str] = module.filled
+    return told
+
+
+def page(setting: str, alone: str | None = None, **rows: Row) -> dict[str, Any]:
+    """A comparison whose rows have these accuracies, by seed."""
+    return {
+        "command": f"fedloom suite {setting} --seeds 0-9",
+        "rows": {
+            name.replace("_", "-"): {
+                "cells": {
+                    str(seed): {
+                        "personal.accuracy.mean": value,
+                        "personal.accuracy.worst_fifth": value - 0.25,
+                        "global.accuracy.mean": 1 - value,
+                    }
+                    for seed, value in enumerate(values)
+                },
+                "summary": {"bytes_up": {"mean": 1e6 / len(name)}},
+                "alone": alone,
+            }
+            for name, values in rows.items()
+        },
+    }
+
+
+CONTENTS = {
+    "a": page("a", local=[0.5, 0.6, 0.4], fedavg=[0.55, 0.7, 0.5, 0.9]),
+    "a-more": page("a", "local-lora", local_lora=[0.5, 0.5], local=[0.1, 0.2], fedavg_lora=[0.75, 0.5]),
+}
+
+
+def half(*differences: float) -> float:
+    """Half of the 95 % t interval, of another's making."""
+    limits = ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    return float(limits.high - limits.low) / 2
+
+
+def test_a_difference_is_over_the_seeds_that_both_rows_have(filled: Any) -> None:
+    gain, limits = "+8.3", f"{half(5, 10, 10):.1f}"
+    assert filled("x {own a: fedavg - local} y", CONTENTS) == f"x {gain} ± {limits} y"
+    assert filled("{all a:\nfedavg -\nlocal}", CONTENTS) == f"-8.3 ± {limits}"
+    assert filled("{own a: fedavg}", CONTENTS) == "66.2"
+    assert filled("{worst a: fedavg}", CONTENTS) == "41.2"
+    assert filled("{own.accuracy a: local}", CONTENTS) == "50.0"
+    assert filled("{own a: fedavg - a-more: local-lora}", CONTENTS) == f"+12.5 ± {half(5, 20):.1f}"
+    assert filled("{sent a: fedavg / local}", CONTENTS) == "0.83"
+
+
+def test_a_table_judges_a_row_by_its_own_adapter_and_by_the_page_with_most_seeds(filled: Any) -> None:
+    made = filled("{gains own of a by fedavg, fedpia | fedavg-lora, fedpia}", CONTENTS).splitlines()
+    assert made[0] == "| setting | seeds | fedavg | fedpia / fedavg-lora | fedpia |"
+    lora = f"+12.5 ± {half(25, 0):.1f}"
+    assert made[2] == f"| [a](a.md) | 2 to 3 | **+8.3 ± {half(5, 10, 10):.1f}** | {lora} | – |"
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "{own b: local}",
+        "{own a: feddlp}",
+        "{newcomer a: local}",
+        "{everyone a: local}",
+        "{own a}",
+        "{sent a: fedavg / feddlp}",
+        "{gains own of b by fedavg}",
+        "{gains own of a}",
+    ],
+)
+def test_a_figure_that_there_is_not_is_named(filled: Any, named: str) -> None:
+    with pytest.raises(SystemExit, match=re.escape(named)):
+        filled(f"It is {named}.", CONTENTS)
+
+
+def test_no_figure_of_a_comparison_is_typed() -> None:
+    assert re.findall(r"±\s*[\d{]|\d\s*\[-?\d", FOUND) == []
+
+
+def test_every_setting_of_the_suite_stands_beside_training_alone() -> None:
+    settings = tomllib.loads((BENCHMARKS / "suite.toml").read_text("utf-8"))["settings"]
+    tables = re.findall(r"\{gains own\s+of\s(.+?)\sby\s", FOUND, re.DOTALL)
+    told = {named.partition(".")[0] for table in tables for named in re.split(r",\s+", table)}
+    assert told == settings.keys() - ASIDE
