@@ -58,6 +58,27 @@ def test_adamw_is_torch_s_on_the_same_leaves(weight_decay: float, clip: float | 
         assert not tensor.requires_grad
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_adamw_steps_along_the_gradient_however_it_lies_in_memory(turned: bool) -> None:
+    """Of what was concatenated along its second axis, or turned, the gradient is a view of another order."""
+    beside, weight = torch.randn(5, 2, generator=generator("beside")), torch.randn(5, 6, generator=generator("weight"))
+    first = torch.randn(4, 5, generator=generator("first")).T
+    first = first if turned else first.contiguous()
+    leaf = first.clone().requires_grad_()
+    optimiser = torch.optim.AdamW([leaf], lr=0.03, weight_decay=0.0, fused=False)
+
+    def loss(tensors: dict[str, Tensor]) -> Tensor:
+        return (torch.cat([tensors["B"], beside], 1) * weight).square().sum()
+
+    state = State({"B": first})
+    for _ in range(3):
+        optimiser.zero_grad()
+        loss({"B": leaf}).backward()
+        optimiser.step()
+        state, _ = step(state, loss, Training(lr=0.03))
+    torch.testing.assert_close(state.tensors["B"], leaf.detach(), rtol=1e-6, atol=1e-7)
+
+
 def test_sgd_is_arithmetic() -> None:
     training = Training(lr=0.1, optimiser="sgd", weight_decay=0.2)
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in start().items()}

@@ -149,18 +149,21 @@ def head(site: Site, private: Tensors, epochs: int | None = None) -> dict[str, T
 
 
 def _adamw(state: State, gradient: Mapping[str, Tensor], training: Training) -> State:
-    new = {name: state.tensors[name].detach().clone() for name in gradient}
+    # The fused kernel goes through each list in the order of memory, whatever the strides say: the gradient of what was
+    # concatenated or turned is a view whose order is another's.
+    new = {name: state.tensors[name].detach().clone(memory_format=torch.contiguous_format) for name in gradient}
+    slope = {name: g.contiguous() for name, g in gradient.items()}
     moments: dict[str, Tensor] = dict(state.moments)
     for name, tensor in new.items():
         for key, fresh in (("m", torch.zeros_like(tensor)), ("v", torch.zeros_like(tensor)), ("t", torch.zeros(()))):
             before = state.moments.get(f"{key}/{name}")
-            moments[f"{key}/{name}"] = fresh if before is None else before.clone()
+            moments[f"{key}/{name}"] = fresh if before is None else before.clone(memory_format=torch.contiguous_format)
     for decayed in (True, False):
         names = [name for name, tensor in new.items() if (tensor.dim() >= 2) is decayed]
         m, v, t = ([moments[f"{key}/{name}"] for name in names] for key in ("m", "v", "t"))
         adamw(
             [new[name] for name in names],
-            [gradient[name] for name in names],
+            [slope[name] for name in names],
             m,
             v,
             [],
