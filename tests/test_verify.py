@@ -13,7 +13,7 @@ from fedloom.adapters import Everything, LoRA
 from fedloom.errors import LawError, MethodError, RecipeError, UpdateError
 from fedloom.finding import table
 from fedloom.lowrank import Factors
-from fedloom.methods import FedAvg, FedDLP, FedExLoRA, FedPIA, FlexLoRA, FLoRA, Partial
+from fedloom.methods import FedAvg, FedDLP, FedExLoRA, FedPIA, FlexLoRA, FLoRA, Method, Partial
 from fedloom.site import Answer
 from fedloom.tensors import Shared, at, under, without
 from fedloom.verify import Rule, assert_aggregation, findings, mean_of_products, named, told
@@ -198,10 +198,30 @@ def test_a_method_that_forgets_what_a_round_left_is_caught() -> None:
     for method in (Latest(), Residual()):
         assert {finding.name for finding in findings(method) if finding.failed} == set()
         assert [finding.name for finding in findings(method) if not finding.within(False) and not finding.refused] == [
-            "second round"
+            "later rounds"
         ]
-        with pytest.raises(LawError, match="'second round'"):
+        with pytest.raises(LawError, match="'later rounds'"):
             assert_aggregation(method)
+
+
+@pytest.mark.parametrize("method", [FLoRA(), FedExLoRA()], ids=str)
+def test_a_stack_that_is_cut_without_the_root_of_what_it_scales_is_caught(
+    monkeypatch: pytest.MonkeyPatch, method: Method
+) -> None:
+    """It is cut in a later round alone, where what was stacked has more ranks than the layer."""
+    from fedloom import lowrank
+
+    def rootless(factors: lowrank.Factors) -> lowrank.Factors:
+        B, A = factors
+        if A.shape[0] <= min(B.shape[0], A.shape[1]):
+            return factors
+        U, S, V = torch.linalg.svd(B @ A, full_matrices=False)
+        return U * S, S[:, None] * V
+
+    assert_aggregation(method, ranks=(4, 4, 4))
+    monkeypatch.setattr(lowrank, "bounded", rootless)
+    with pytest.raises(LawError, match="'later rounds'"):
+        assert_aggregation(method, ranks=(4, 4, 4))
 
 
 def test_what_cannot_be_verified_is_said() -> None:
@@ -222,7 +242,7 @@ def test_the_table_says_what_it_comes_to() -> None:
     assert "loses what any rule of that rank must in mean of products, unequal ranks" in table(findings(cut))
     said = table(findings(FedAvg()))
     assert "unequal ranks: refused: site 'site-0' sent 'probe.0.layer/A'" in said
-    assert said.endswith("Not exact in: mean of products, permuted units, rotated units, scaled units, second round.")
+    assert said.endswith("Not exact in: mean of products, permuted units, rotated units, scaled units, later rounds.")
 
 
 @pytest.mark.parametrize("row", ["full", "fedavg-adapter", "fedavg-norms", "fedavg-head", "fedclip", "promptfl"])

@@ -13,7 +13,7 @@ and scaled, and the result should stay.
     fedloom.assert_aggregation(rule)                   # or a method: assert_aggregation(FLoRA())
 
 A method is measured end to end: on a model of one layer, from the updates of sites to what a newcomer is served; and
-over a second round, on top of what its server kept of the first.
+over later rounds, each on top of what its server kept of those before.
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,7 +58,7 @@ def assert_aggregation(rule: Rule | Method, ranks: Sequence[int] = (4, 8, 16), r
 
 def findings(rule: Rule | Method, ranks: Sequence[int] = (4, 8, 16), seed: int = 0) -> list[Finding]:
     """Every check of a rule: of means (`mean of products`, `one site`, `equal sites`, `weights`, `unequal ranks`), and
-    of what should change nothing (`order of sites`, `permuted`, `rotated`, `scaled` units); of a method `second round`.
+    of what should change nothing (`order of sites`, `permuted`, `rotated`, `scaled` units); of a method `later rounds`.
 
     A method whose adapter is no LoRA is held to the mean of its weights (`fedloom.averaged`).
 
@@ -70,7 +70,7 @@ def findings(rule: Rule | Method, ranks: Sequence[int] = (4, 8, 16), seed: int =
     if not as_lora(rule):
         return averaged.averages(rule, seed)
     common = _common(rule)
-    return [*_findings(rule_of(rule), ranks, common, seed), _second_round(rule, ranks, common, seed)]
+    return [*_findings(rule_of(rule), ranks, common, seed), _later_rounds(rule, ranks, common, seed)]
 
 
 def _findings(rule: Rule, ranks: Sequence[int], common: bool, seed: int) -> Iterator[Finding]:
@@ -153,25 +153,30 @@ def told(method: Method) -> str | None:
     return f"Of a LoRA in place of the method's own {name}, which is no product of two factors."
 
 
-def _second_round(method: Method, ranks: Sequence[int], common: bool, seed: int) -> Finding:
-    """Whether a method keeps what a first round left: after a second one it should serve what it served before, with
-    the mean of the sites' products in place of the product that they started from."""
-    rng = generator("verify", seed, "second round")
-    W, weights = torch.randn(OUT, IN, generator=rng), [float(k + 1) for k in range(len(ranks))]
-    first, second = (_drawn([ranks[0]] * len(ranks), rng) for _ in range(2))
+def _later_rounds(method: Method, ranks: Sequence[int], common: bool, seed: int) -> Finding:
+    """Whether a method keeps what the rounds before left: after each it should serve what it served before, with the
+    mean of the sites' products in place of the product that they started from. The worst of so many rounds that what
+    sites sent in them has more ranks than the layer, and a stack of it must have been cut."""
+    rng = generator("verify", seed, "later rounds")
+    n, r = len(ranks), ranks[0]
+    W, weights = torch.randn(OUT, IN, generator=rng), [float(k + 1) for k in range(n)]
+    drawn = [_drawn([r] * n, rng) for _ in range(2 + min(OUT, IN) // (n * r))]
     if common:
-        first, second = ([(B, first[0][1]) for B, _ in factors] for factors in (first, second))
-    true = mean_of_products(second, weights)
+        drawn = [[(B, drawn[0][0][1]) for B, _ in factors] for factors in drawn]
+    first, *later = drawn
+    true = [mean_of_products(factors, weights) for factors in later]
 
     def error() -> Tensor:
         own, site, shared = begun(method, W, first, SCALE)
-        left = merged(own, shared, first, weights)
-        B, A = untrained(own, site, left)
-        before, after = (served(own, site, s).double() for s in (left, merged(own, left, second, weights)))
-        off: Tensor = ((after - before) / SCALE + B.double() @ A.double() - true).norm() / true.norm()
-        return off
+        left, off = merged(own, shared, first, weights), []
+        for factors, mean in zip(later, true, strict=True):
+            B, A = untrained(own, site, left)
+            before, left = left, merged(own, left, factors, weights)
+            change = (served(own, site, left).double() - served(own, site, before).double()) / SCALE
+            off.append((change + B.double() @ A.double() - mean).norm() / mean.norm())
+        return torch.stack(off).amax()
 
-    return asked("second round", error, _attainable(true, ranks[0]))
+    return asked("later rounds", error, max(_attainable(mean, r) for mean in true))
 
 
 def _common(method: Method) -> bool:
