@@ -102,7 +102,7 @@ def joined(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
             raise SystemExit(f"{place}: it was {own}, and now {its}.")
     rows = old | new | {row: grown(old[row], new[row]) for row in old if row in new}
     kept = [row for row, own in old.items() if own["cells"].keys() - new.get(row, {"cells": {}})["cells"].keys()]
-    earlier = {key: before[key] for key in ("command", "commit", "machine", "protocol")} | {"rows": kept}
+    earlier = {key: before[key] for key in ("command", "commit", "machine", "protocols")} | {"rows": kept}
     result = {
         **{key: own for key, own in after.items() if key != "endpoints"},
         "seeds": sorted({*before["seeds"], *after["seeds"]}),
@@ -145,14 +145,14 @@ def lineage(commit: str | None = None) -> dict[str, Any]:
         parsed = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
         commit = parsed.stdout.strip()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    return {"commit": commit, "machine": machine, "protocol": protocol_at(commit)}
+    return {"commit": commit, "machine": machine, "protocols": protocols_at(commit)}
 
 
-def protocol_at(commit: str) -> str | None:
-    """The hash of the protocol as it stood at a commit, whatever stands there now; None where there was none."""
+def protocols_at(commit: str) -> list[str]:
+    """The hash of the protocol as it stood at a commit, whatever stands there now; none where there was none."""
     show = ["git", "show", f"{commit}:benchmarks/protocol.toml"]
     shown = subprocess.run(show, cwd=ROOT, capture_output=True, check=False)
-    return None if shown.returncode else hashlib.sha256(shown.stdout).hexdigest()
+    return [] if shown.returncode else [hashlib.sha256(shown.stdout).hexdigest()]
 
 
 def computed(run: Path) -> dict[str, str]:
@@ -203,8 +203,8 @@ def earlier(result: dict[str, Any]) -> str:
 
 def made(result: dict[str, Any]) -> str:
     """At which commit, under which protocol if there was one, and where."""
-    protocol = f"protocol {result['protocol'][:10]}, " if result.get("protocol") else ""
-    return f"commit {result['commit'][:10]}, {protocol}{result['machine']}"
+    hashes = ", ".join(hash[:10] for hash in result.get("protocols", ()))
+    return f"commit {result['commit'][:10]}, {f'protocol {hashes}, ' if hashes else ''}{result['machine']}"
 
 
 def tuned(tuning: dict[str, Any] | None) -> str:
@@ -307,7 +307,8 @@ def setting(name: str, content: dict[str, Any]) -> str:
         if values:
             means[row] = 100 * sum(values) / len(values)
     rows = ", ".join(f"{row} {means[row]:.1f}" for row in sorted(means, key=lambda row: -means[row]))
-    return f"| [{name}]({name}.md) | {len(content['seeds'])} | {(content['protocol'] or 'none')[:7]} | {rows} |"
+    hashes = ", ".join(hash[:7] for hash in content["protocols"]) or "none"
+    return f"| [{name}]({name}.md) | {len(content['seeds'])} | {hashes} | {rows} |"
 
 
 if __name__ == "__main__":

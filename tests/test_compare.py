@@ -181,7 +181,7 @@ def test_the_command_prints_rows_and_differences(fedloom: Fedloom, short: Path, 
     code, out, err = fedloom(*arguments, "--protocol", protocol)
     assert (code, err) == (0, "")
     saved = json.loads((tmp_path / "compared" / "comparison.json").read_text())
-    assert saved["protocol"] == hashlib.sha256(protocol.read_bytes()).hexdigest()
+    assert saved["protocols"] == [hashlib.sha256(protocol.read_bytes()).hexdigest()]
     assert "frozen - local" in out
     assert out.rstrip().endswith("comparison.json")
     code, _, err = fedloom(*arguments)
@@ -299,8 +299,9 @@ def test_rows_and_seeds_of_before_stay_and_are_not_run_again(noted: Recipe, log:
     assert {(one["of"], one["minus"], one["n"]) for one in second.differences} == {("a", "b", 1)}
     third = compare(noted, ("a",), [1], folder, True, ignore, protocol="third")
     assert sum(starts(log).values()) == sum(ran.values()) + 2
-    assert (first.protocol, second.protocol, third) == ("first", "second", second)  # no cell was run under the third
-    assert json.loads((folder / "comparison.json").read_text())["protocol"] == "second"
+    assert (first.protocols, second.protocols) == (("first",), ("first", "second"))
+    assert third == second  # no cell was run under the third
+    assert json.loads((folder / "comparison.json").read_text())["protocols"] == ["first", "second"]
     other = noted.altered({"compare.b.method.mu": 0.7})  # [compare] is no part of the recipe that a folder is of
     fourth = compare(other, ("a",), [1], folder, True, watch)
     assert list(fourth.rows) == ["a", "hopeless"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import permutation_test, ttest_1samp
 
-from fedloom.endpoints import Endpoint, judge, judged, protocol
+from fedloom.endpoints import Endpoint, judge, judged, protocol, stamp
 from fedloom.errors import RecipeError
 from fedloom.report import endpoints_table
 
@@ -98,16 +98,25 @@ def test_the_protocol_goes_into_the_comparison(tmp_path: Path) -> None:
     found = judge(own, {"merge": folder, "widths": tmp_path / "widths"})
     assert [one["kind"] for one in found] == ["primary", "secondary"]
     saved = json.loads((folder / "comparison.json").read_text())
-    assert (saved["protocol"], saved["endpoints"]) == (own.hash, found)
+    assert (saved["protocols"], saved["endpoints"]) == ([own.hash], found)
     assert own.hash in (folder / "comparison.html").read_text()
-    (folder / "comparison.json").write_text(json.dumps({**saved, "protocol": "of before"}))
+    (folder / "comparison.json").write_text(json.dumps({**saved, "protocols": ["of before"]}))
     judge(own, {"merge": folder})
-    assert json.loads((folder / "comparison.json").read_text())["protocol"] == "of before"  # it was not run again
+    assert json.loads((folder / "comparison.json").read_text())["protocols"] == ["of before"]  # it was not run again
     table = endpoints_table(found)
     assert "fedpia, primary: merge, personal: a - b" in table
     assert "merge, personal, worst fifth: a - b" in endpoints_table([{**found[0], "figure": "worst_fifth"}])
     assert "lower limit above the margin -1.0; p 0.250" in table
     assert "p by Holm 0.500" in table
+
+
+def test_only_what_a_protocol_asks_of_is_told_to_have_been_run_under_it(tmp_path: Path) -> None:
+    (file := tmp_path / "protocol.toml").write_text(PROTOCOL)
+    own = protocol(file)
+    assert own is not None
+    setting = own.endpoints[0].setting
+    assert [stamp(own, setting, False), stamp(own, "another", False)] == [own.hash, None]
+    assert [stamp(own, "another", True), stamp(None, setting, False)] == [own.hash, None]
 
 
 NAMES = "setting = 's', view = 'personal', of = 'a', minus = 'b'"

@@ -350,13 +350,13 @@ def test_what_is_published_says_what_its_runs_say_of_themselves(
     lineage = {"plan": "float32, sdpa, 1 thread, cuda of x86_64", "versions": {"python": "3.12", "torch": "2.9"}}
     (run / "cells" / "one" / "summary.json").write_text(json.dumps({"lineage": lineage}))
     content = {"rows": {}, "differences": [], "seeds": [0], "recipe": "", "fedloom": ""}
-    for own, hashes in (({}, (first, second)), ({"protocol": "its own"}, ("its own", "its own"))):
+    for own, hashes in (({}, ([first], [second])), ({"protocols": ["its", "own"]}, (["its", "own"],) * 2)):
         (run / "comparison.json").write_text(json.dumps(content | own))
         found = [module.published(run, "made", commit) for commit in commits]
-        assert tuple(one["protocol"] for one in found) == hashes
+        assert tuple(one["protocols"] for one in found) == hashes
     assert {one["machine"] for one in found} == {"1 thread, cuda of x86_64, python 3.12, torch 2.9"}
-    assert "protocol its own, 1 thread, cuda of x86_64" in module.compared_page("x", found[0])
-    assert module.protocol_at("0" * 40) is None
+    assert "protocol its, own, 1 thread, cuda of x86_64" in module.compared_page("x", found[0])
+    assert module.protocols_at("0" * 40) == []
 
 
 def test_rows_and_seeds_are_added_to_a_page_whose_cells_come_out_the_same_again() -> None:
@@ -371,7 +371,7 @@ def test_rows_and_seeds_are_added_to_a_page_whose_cells_come_out_the_same_again(
             "command": f"compare {','.join(rows)}",
             "commit": "c" * 40,
             "machine": "one",
-            "protocol": None,
+            "protocols": [],
             "recipe": "r",
             "plan": {"dtype": "float32"},
             "differences": [],

@@ -177,7 +177,7 @@ def test_the_suite_command_runs_a_setting_and_goes_on(fedloom: Any, recipe: Path
     code, out, err = fedloom(*call, "--rows", "local", "--protocol", protocol)
     assert (code, err.count("Traceback")) == (0, 0), err
     saved = json.loads((tmp_path / "out" / "squares" / "comparison.json").read_text())
-    assert saved["protocol"] == hashlib.sha256(protocol.read_bytes()).hexdigest()
+    assert saved["protocols"] == [hashlib.sha256(protocol.read_bytes()).hexdigest()]
     assert "squares: Is red red?" in out
     cells = sorted((tmp_path / "out" / "squares" / "cells").iterdir())
     assert len(cells) == 2

@@ -24,7 +24,7 @@ from fedloom.report.compared import ALONE, FILE, read, write_comparison
 from fedloom.store import holds_anything, write
 from fedloom.tuning import Grid, tuned
 
-LATER = ("target", "tuning", "protocol")  # of comparison.json, where there is one
+LATER = ("target", "tuning")  # of comparison.json, where there is one
 
 
 class Place(NamedTuple):
@@ -77,11 +77,11 @@ def compare(
             found.pop(row, None)
     known = _known({row: own for (row, _), own in reversed(cells.items()) if isinstance(own, Recipe)})
     costs = {row: own["costs"] for row, own in before.rows.items() if "costs" in own}
-    under = protocol if jobs else before.protocol
+    under = dict.fromkeys([*before.protocols, *([protocol] if jobs and protocol else ())])
 
     def so_far() -> Comparison:
         said = {row: {**known.get(row, {}), **({"costs": costs[row]} if row in costs else {})} for row in found}
-        return replace(summarised(found, all_seeds, target, tuning, said), protocol=under)
+        return replace(summarised(found, all_seeds, target, tuning, said), protocols=tuple(under))
 
     for place, made in each(jobs, cell, folder / "cells", workers, watch):
         found[place.row][place.seed] = made
@@ -194,7 +194,9 @@ def _before(folder: Path, recipe: Recipe, resume: bool, grid: Grid | None) -> Co
         raise RunError(f"the comparison in '{folder}' is of another recipe; name another folder (--out).")
     if before.get("tuning", {}).get("grid") != (None if grid is None else dict(grid)):
         raise RunError(f"the comparison in '{folder}' was tuned otherwise (--tune); name another folder (--out).")
-    return Comparison(before["rows"], before["differences"], before["seeds"], *map(before.get, LATER))
+    rows, differences, seeds = (before[key] for key in ("rows", "differences", "seeds"))
+    target, tuning = map(before.get, LATER)
+    return Comparison(rows, differences, seeds, target, tuning, before.get("protocols", ()))
 
 
 def _save(folder: Path, recipe: Recipe, comparison: Comparison) -> None:
@@ -205,5 +207,6 @@ def _save(folder: Path, recipe: Recipe, comparison: Comparison) -> None:
         "rows": comparison.rows,
         "differences": comparison.differences,
         **{key: said for key in LATER if (said := getattr(comparison, key)) is not None},
+        **({"protocols": list(comparison.protocols)} if comparison.protocols else {}),
     }
     write(folder / FILE, (json.dumps(content, indent=2) + "\n").encode())

@@ -74,6 +74,11 @@ def protocol(file: Path | None) -> Protocol | None:
     return Protocol(path, hashlib.sha256(content).hexdigest(), tuple(endpoints), said.get("grid", {}))
 
 
+def stamp(own: Protocol | None, setting: str, named: bool) -> str | None:
+    """The hash that cells of a setting are run under: of a protocol that is `named`, or has an endpoint there."""
+    return own.hash if own and (named or any(one.setting == setting for one in own.endpoints)) else None
+
+
 def _endpoint(method: str, kind: str, said: Table, where: Where) -> Endpoint:
     one = build(Endpoint, {"method": method, "kind": kind, **said}, where)
     return replace(one, margin=one.margin / 100, target=None if one.target is None else one.target / 100)
@@ -88,7 +93,7 @@ def judge(own: Protocol, folders: Mapping[str, Path]) -> list[dict[str, Any]]:
     found = judged(own.endpoints, contents)
     for name, content in contents.items():
         if asked := [one for one in found if one["setting"] == name]:
-            told = {"protocol": own.hash, **content, "endpoints": asked}
+            told = {"protocols": [own.hash], **content, "endpoints": asked}
             write(folders[name] / COMPARISON, (json.dumps(told, indent=2) + "\n").encode())
             write_comparison(folders[name])
     return [one for one in found if one["setting"] in contents]

@@ -21,7 +21,7 @@ class Comparison:
     seeds: Sequence[int]
     target: Target = None
     tuning: Mapping[str, Any] | None = None  # what was tried for each row, and taken
-    protocol: str | None = None  # SHA-256 of what was asked beforehand, when the last cell was run
+    protocols: Sequence[str] = ()  # SHA-256 of what was asked beforehand: of each that cells were run under
 
 
 def summarised(

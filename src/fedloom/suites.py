@@ -82,14 +82,15 @@ def run(
     target: Target = None,
     grids: Mapping[str, Grid] | None = None,
     counted: bool = False,
-    protocol: str | None = None,
+    protocols: Mapping[str, str | None] | None = None,
 ) -> Iterator[tuple[Setting, Comparison]]:
     """Each setting's comparison as it ends; cells that are there are not run again.
 
     rows: only these of each setting's own; all where empty
     target: a value, or a row; nothing is counted in a setting that does not have it
     grids: by setting, what each row is tuned by first
-    workers, counted, protocol: as of `compare`
+    workers, counted: as of `compare`
+    protocols: by setting, the hash of the one that its cells are run under
 
     raises RecipeError: before the first cell, what any of the settings cannot be asked
     """
@@ -109,7 +110,8 @@ def run(
         if own := asked[setting.name]:
             watch(Note(f"{setting.name}: {setting.asks}"))
             aim = None if isinstance(target, str) and target not in setting.rows else target
-            how = (True, watch, workers, aim, (grids or {}).get(setting.name), counted, protocol)
+            grid, protocol = (grids or {}).get(setting.name), (protocols or {}).get(setting.name)
+            how = (True, watch, workers, aim, grid, counted, protocol)
             yield setting, compare(setting.recipe, own, seeds, folder / setting.name, *how)
 
 

@@ -41,7 +41,8 @@ def compare(
     folder, base = out or Path("runs") / f"compare-{name}", loaded(recipe, settings)
     asked = endpoints.protocol(protocol)
     grid = tuning.grid_of(base, asked) if tune else None
-    rows, aim, hash = parts(methods), target_of(target), asked.hash if asked else None
+    rows, aim = parts(methods), target_of(target)
+    hash = endpoints.stamp(asked, name, protocol is not None)
     if not rows:
         raise RecipeError(f"--methods is '{methods}'; expected rows with commas between them: fedavg,local.")
     with watching() as watch:
@@ -112,11 +113,11 @@ def suite(
     chosen = suites.settings(file or suites.FILE, names or (), others, settings or ())
     asked, ran = parts(rows), False
     named = endpoints.protocol(protocol)
-    hash = named.hash if named else None
+    hashes = {one.name: endpoints.stamp(named, one.name, protocol is not None) for one in chosen}
     grids = {setting.name: tuning.grid_of(setting.recipe, named) for setting in chosen} if tune else {}
     with watching() as watch:
         for setting, comparison in suites.run(
-            *(chosen, asked, suites.seeds_of(seeds), out, watch, workers, target_of(target), grids, flops, hash)
+            *(chosen, asked, suites.seeds_of(seeds), out, watch, workers, target_of(target), grids, flops, hashes)
         ):
             ran |= _ran(comparison, asked or setting.rows)
             print(f"{setting.name}: {setting.asks}\n{comparison_table(comparison)}\n")

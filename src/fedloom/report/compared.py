@@ -258,7 +258,7 @@ def _lineage(content: Content) -> dict[str, str]:
     known = {
         "recipe": content["recipe"],
         "seeds": ", ".join(map(str, content["seeds"])),
-        "protocol": content.get("protocol", ""),
+        "protocol": ", ".join(content.get("protocols", ())),
         "fedloom": content["fedloom"],
     }
     return {key: one_line(str(value)) for key, value in known.items() if value}
