@@ -12,6 +12,7 @@ import torch
 
 from fedloom.adapters import IA3, Attention, BitFit, Bottleneck, Everything, Head, LoRA, Norms, Prompt
 from fedloom.backbones.adaptable import Adaptable
+from fedloom.errors import RecipeError
 from fedloom.methods import (
     Ensemble,
     FedAvg,
@@ -147,6 +148,12 @@ def test_a_row_changes_nothing_else_but_what_it_says(row: str) -> None:
         assert getattr(getattr(own, section), name) == value
 
 
+def test_promptfl_is_of_class_names() -> None:
+    assert BASE.altered({"task.head": "linear"}).row("promptfl").table()["task"]["head"] == "prompts"
+    with pytest.raises(RecipeError, match=r"row 'promptfl'"):
+        load("vqamed-organ").row("promptfl")
+
+
 @pytest.mark.parametrize("row", SENT)
 def test_a_row_sends_what_its_paper_trains(row: str, network: Callable[..., Any]) -> None:
     names = sent(row, network)
@@ -212,8 +219,6 @@ def test_fedprox_holds_its_sites_to_what_they_were_sent(site: Callable[..., Site
 @pytest.mark.parametrize("row", BASELINES)
 def test_a_baseline_runs_and_goes_on(recipe: Path, tmp_path: Path, row: str) -> None:
     changes = {"federation.rounds": 1, "reference.rows": [], "data.newcomer": 1}
-    if row == "promptfl":
-        changes["task.head"] = "prompts"
     chosen = load(recipe, changes).row(row)
     folder = tmp_path / "run"
     run(chosen, folder)

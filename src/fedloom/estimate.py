@@ -1,10 +1,9 @@
 """What a run will cost, measured on a few steps of it: `fedloom run RECIPE --dry-run`."""
 
-import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 
@@ -20,6 +19,7 @@ from fedloom.flops import Count, counted, of_cache
 from fedloom.lineage import peak
 from fedloom.methods import Method
 from fedloom.places import Adapter
+from fedloom.quiet import quiet
 from fedloom.recipe import Recipe
 from fedloom.report.figures import duration, on_the_wire, size
 from fedloom.site import Answer, Site, Update
@@ -91,7 +91,7 @@ def estimate(recipe: Recipe) -> Estimate:
     largest: dict[object, Participant] = {}
     for own in sorted(participants.values(), key=lambda p: len(p.site)):
         largest[_kind(own)] = own
-    with _no_warnings():  # of sites that hold nothing out, as none does here
+    with quiet():  # of sites that hold nothing out, as none does here
         kinds = {kind: _measured(federation, own, shared, wire.given(first)) for kind, own in largest.items()}
         flops, flops_training = _flops(federation, shared, largest, {kind: one.private for kind, one in kinds.items()})
     measured = {name: kinds[_kind(own)] for name, own in participants.items()}
@@ -136,17 +136,6 @@ def estimate(recipe: Recipe) -> Estimate:
 
 def _kind(own: Participant) -> tuple[object, ...]:
     return own.group, *sorted(shapes(own.site.initial).items())
-
-
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    log = logging.getLogger("fedloom")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _measured(federation: Federation, own: Participant, shared: Shared, given: Shared) -> _Measured:

@@ -17,6 +17,7 @@ from fedloom.federation import admit, visible
 from fedloom.lowrank import Factors
 from fedloom.methods import Method
 from fedloom.places import Place
+from fedloom.quiet import quiet
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Ranking
 from fedloom.tensors import Private, Shared, Tensors, generator, under, without
@@ -98,7 +99,8 @@ def served(own: Method, site: Site, shared: Shared) -> Tensor:
 
 def untrained(own: Method, site: Site, shared: Shared) -> Factors:
     """What a site without private state answers with that has learnt nothing: the factors that it starts from."""
-    update, _ = own.local_round(1, site, visible(shared), Private({}))
+    with quiet():  # of a site that holds nothing out
+        update, _ = own.local_round(1, site, visible(shared), Private({}))
     leaves = {name.rpartition("/")[2]: t for name, t in {**under("given", shared), **update.tensors}.items()}
     return leaves["B"], leaves["A"]
 

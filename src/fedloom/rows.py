@@ -65,5 +65,9 @@ ROWS: Mapping[str, Table] = {
     "local-adapter": {"method": {"name": "local", "adapter": {"kind": "bottleneck"}}},
     "local-lora": {"method": {"name": "local", "adapter": {"kind": "lora"}}},
     "majority": {"method": {"name": "majority"}, "federation": {"rounds": 1}},
-    "promptfl": {"method": {"name": "fedavg", "adapter": {"kind": "prompt"}}, "backbone": {"towers": ["text"]}},
+    "promptfl": {
+        "method": {"name": "fedavg", "adapter": {"kind": "prompt"}},
+        "backbone": {"towers": ["text"]},
+        "task": {"head": "prompts"},
+    },
 }

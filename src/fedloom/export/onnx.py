@@ -9,7 +9,6 @@ part of the graph. It is in float32.
 """
 
 import contextlib
-import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -23,6 +22,7 @@ from fedloom.backbones import load
 from fedloom.backbones.adaptable import Adaptable
 from fedloom.backbones.batches import Batch
 from fedloom.errors import ExportError
+from fedloom.quiet import quiet
 from fedloom.recipe import Recipe
 from fedloom.serving import Blend, Served
 
@@ -134,14 +134,9 @@ class _Graph(nn.Module):
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Without what the exporter says of operators that no graph here has."""
-    log, before = logging.getLogger("torch.onnx"), logging.getLogger("torch.onnx").level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(before)
+    with quiet("torch.onnx"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _bare(model: Any) -> Any:
