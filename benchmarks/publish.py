@@ -10,7 +10,7 @@ its machine, and the hash of the protocol that it was run under: its own word, e
 its commit), if it is given a run, and from all that is there every page of docs/results: NAME.md, and README.md, which
 is benchmarks/found.md with its figures, every endpoint of the protocol, and the settings. With --add rows and seeds
 that were published before and are not in this run stay, if at least one cell of them was run again, and all that were
-came out the same to the bit.
+came out the same to the bit; with --withdraw ROW,... those rows do not, as what made them was wrong.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import platform
 import re
 import subprocess
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--command", help="what made the run")
     parser.add_argument("--commit", help="at which it was made, where it is not this one")
     parser.add_argument("--add", action="store_true", help="to what is published under this name")
+    parser.add_argument("--withdraw", metavar="ROW,...", default="", help="of what is published, what was made wrongly")
     parser.add_argument("--picture", type=Path, help="an SVG to draw")
     arguments = parser.parse_args()
     if arguments.run is not None:
@@ -55,7 +56,8 @@ def main() -> None:
             parser.error("a run is published under a name, with the --command that made it")
         result = published(arguments.run, arguments.command, arguments.commit)
         if arguments.add:
-            result = joined(json.loads((RESULTS / f"{arguments.name}.json").read_text()), result)
+            before = json.loads((RESULTS / f"{arguments.name}.json").read_text())
+            result = joined(without(before, list(filter(None, arguments.withdraw.split(",")))), result)
         (RESULTS / f"{arguments.name}.json").write_text(json.dumps(result, indent=1) + "\n")
         if arguments.picture:
             arguments.picture.write_text(picture(result["summary"]))
@@ -81,8 +83,12 @@ def joined(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 
     raises SystemExit: another recipe, plan or tuning; no cell in both; one whose scores are not the same
     """
+    tunings = [one.get("tuning") or {} for one in (before, after)]
+    tried, chosen = ({row: (own["tried"], own["choice"]) for row, own in t.get("rows", {}).items()} for t in tunings)
     for name, own, its in [
-        *((key, before.get(key), after.get(key)) for key in ("recipe", "tuning")),
+        ("recipe", before.get("recipe"), after.get("recipe")),
+        *((f"tuning: {key}", *(tuning.get(key) for tuning in tunings)) for key in ("grid", "seeds")),
+        *((f"tuning of {row}", tried[row], chosen[row]) for row in tried.keys() & chosen.keys()),
         *((key, said, after["plan"][key]) for key, said in before["plan"].items()),
     ]:
         if own != its:
@@ -103,14 +109,39 @@ def joined(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     rows = old | new | {row: grown(old[row], new[row]) for row in old if row in new}
     kept = [row for row, own in old.items() if own["cells"].keys() - new.get(row, {"cells": {}})["cells"].keys()]
     earlier = {key: before[key] for key in ("command", "commit", "machine", "protocols")} | {"rows": kept}
+    earlier |= {"withdrawn": before["withdrawn"]} if before.get("withdrawn") else {}
+    tuning = {"tuning": {**tunings[1], "rows": tunings[0]["rows"] | tunings[1]["rows"]}} if tunings[1] else {}
     result = {
         **{key: own for key, own in after.items() if key != "endpoints"},
+        **tuning,
         "seeds": sorted({*before["seeds"], *after["seeds"]}),
         "rows": rows,
         "differences": differences(rows),
         "earlier": [*before.get("earlier", ()), earlier],
     }
     return result | {"differences": told(result)}
+
+
+def without(content: dict[str, Any], rows: Collection[str]) -> dict[str, Any]:
+    """A comparison whose rows of these names are `withdrawn`, with what was tuned for them.
+
+    raises SystemExit: it has no such row
+    """
+    if gone := [row for row in rows if row not in content["rows"]]:
+        raise SystemExit(f"What is published has no row '{gone[0]}' to withdraw.")
+
+    def left(names: Mapping[str, Any]) -> dict[str, Any]:
+        return {row: own for row, own in names.items() if row not in rows}
+
+    before = [one | {"rows": [row for row in one["rows"] if row not in rows]} for one in content.get("earlier", ())]
+    tuning = content.get("tuning")
+    return {
+        **content,
+        "rows": left(content["rows"]),
+        "earlier": [one for one in before if one["rows"]],
+        **({"tuning": tuning | {"rows": left(tuning["rows"])}} if tuning else {}),
+        "withdrawn": list(rows),
+    }
 
 
 def grown(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +152,8 @@ def grown(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     summary = {name: interval([cell[name] for cell in cells.values() if name in cell]) for name in names}
     missing = {seed: why for seed, why in (old["missing"] | new["missing"]).items() if seed not in cells}
     longest = max(new, old, key=lambda row: len(row["cells"]))
-    return longest | {"cells": cells, "summary": summary, "missing": missing}
+    adapter = {key: new[key] for key in ("adapter", "alone") if key in new}  # which early pages do not have
+    return longest | {"cells": cells, "summary": summary, "missing": missing} | adapter
 
 
 def pages() -> Iterator[tuple[Path, str]]:
@@ -195,9 +227,10 @@ def compared_page(name: str, result: dict[str, Any]) -> str:
 
 def earlier(result: dict[str, Any]) -> str:
     """What is said of rows that a page had before others were added."""
+    wrong = ", ".join(result.get("withdrawn", ()))
     return (
         f"Of `{result['command']}`, {made(result)}: {', '.join(result['rows'])}; what was run again of that came out "
-        "the same to the bit. "
+        f"the same to the bit. {f'Its {wrong} were wrong (CHANGELOG.md), and were run anew. ' if wrong else ''}"
     )
 
 

@@ -359,30 +359,31 @@ def test_what_is_published_says_what_its_runs_say_of_themselves(
     assert module.protocols_at("0" * 40) == []
 
 
+def published(**rows: list[float | None]) -> dict[str, Any]:
+    """A page of these rows, by seed."""
+
+    def cells(values: list[float | None]) -> dict[str, Any]:
+        scores = {str(n): value for n, value in enumerate(values) if value is not None}
+        return {seed: {"personal.accuracy.mean": value, "bytes_up": 7} for seed, value in scores.items()}
+
+    return {
+        "command": f"compare {','.join(rows)}",
+        "commit": "c" * 40,
+        "machine": "one",
+        "protocols": [],
+        "recipe": "r",
+        "plan": {"dtype": "float32"},
+        "differences": [],
+        "endpoints": [],
+        "seeds": sorted({n for values in rows.values() for n, value in enumerate(values) if value is not None}),
+        "rows": {
+            row: {"cells": cells(values), "summary": {}, "sites": row, "missing": {}} for row, values in rows.items()
+        },
+    }
+
+
 def test_rows_and_seeds_are_added_to_a_page_whose_cells_come_out_the_same_again() -> None:
     joined = publisher("publish").joined
-
-    def published(**rows: list[float | None]) -> dict[str, Any]:
-        def cells(values: list[float | None]) -> dict[str, Any]:
-            scores = {str(n): value for n, value in enumerate(values) if value is not None}
-            return {seed: {"personal.accuracy.mean": value, "bytes_up": 7} for seed, value in scores.items()}
-
-        return {
-            "command": f"compare {','.join(rows)}",
-            "commit": "c" * 40,
-            "machine": "one",
-            "protocols": [],
-            "recipe": "r",
-            "plan": {"dtype": "float32"},
-            "differences": [],
-            "endpoints": [],
-            "seeds": sorted({n for values in rows.values() for n, value in enumerate(values) if value is not None}),
-            "rows": {
-                row: {"cells": cells(values), "summary": {}, "sites": row, "missing": {}}
-                for row, values in rows.items()
-            },
-        }
-
     before = published(local=[0.5, 0.25], fedavg=[0.75, 0.5])
     after = published(local=[0.5, None, 1.0, 0.25], ditto=[0.5, 0.5])
     after["rows"]["local"] |= {"sites": "of more seeds"}
@@ -410,10 +411,45 @@ def test_rows_and_seeds_are_added_to_a_page_whose_cells_come_out_the_same_again(
         (published(ditto=[0.5, 0.5]), "No cell"),
         (after | {"recipe": "q"}, "another recipe: r, and now q"),
         (after | {"plan": {"dtype": "bfloat16"}}, "another dtype"),
-        (after | {"tuning": {}}, "another tuning"),
+        (after | {"tuning": {"grid": {"training.lr": [0.1]}, "seeds": [100], "rows": {}}}, "another tuning: grid"),
     ]:
         with pytest.raises(SystemExit, match=why):
             joined(before, other)
+
+
+def test_rows_that_were_wrong_are_withdrawn_and_run_anew() -> None:
+    module = publisher("publish")
+
+    def tuned(**rates: float) -> dict[str, Any]:
+        rows = {
+            row: {"choice": {"training.lr": lr}, "tried": [{"set": {"training.lr": lr}}]} for row, lr in rates.items()
+        }
+        return {"tuning": {"grid": {"training.lr": [0.1, 0.2]}, "seeds": [100], "rows": rows}}
+
+    before = published(local=[0.5, 0.25], ditto=[0.5, 0.5], feddat=[0.25, 0.0]) | tuned(
+        local=0.1, ditto=0.1, feddat=0.1
+    )
+    before["earlier"] = [{"command": "x", "commit": "c" * 40, "machine": "", "protocols": [], "rows": ["feddat"]}]
+    after = published(local=[0.5], feddat=[0.75, 0.5]) | tuned(local=0.1, feddat=0.2)
+    with pytest.raises(SystemExit, match="another tuning of feddat"):
+        module.joined(before, after)
+    page = module.joined(module.without(before, ["feddat"]), after)
+    assert {row: list(own["cells"].values())[-1]["personal.accuracy.mean"] for row, own in page["rows"].items()} == {
+        "local": 0.25,
+        "ditto": 0.5,
+        "feddat": 0.5,
+    }
+    assert {row: own["choice"]["training.lr"] for row, own in page["tuning"]["rows"].items()} == {
+        "local": 0.1,
+        "ditto": 0.1,
+        "feddat": 0.2,
+    }
+    assert [(one["rows"], one.get("withdrawn")) for one in page["earlier"]] == [
+        (["local", "ditto"], ["feddat"]),
+    ]
+    assert "Its feddat were wrong" in module.compared_page("x", page | {"rows": {}, "differences": [], "tuning": None})
+    with pytest.raises(SystemExit, match="no row 'flora' to withdraw"):
+        module.without(before, ["flora"])
 
 
 def test_an_endpoint_of_one_seed_has_no_interval() -> None:
