@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adamw import adamw
 
+from fedloom import training
 from fedloom.adapters import Bottleneck, LoRA, Sum
 from fedloom.engines.local import LocalEngine, Participant
-from fedloom.federation import Schedule, federate
-from fedloom.methods import Ditto, Ensemble, FedAvg, FedDAT, FedOpt, Local, Method, Scaffold
+from fedloom.federation import Schedule, federate, visible
+from fedloom.methods import METHODS, Ditto, Ensemble, FedAvg, FedDAT, FedOpt, FedPIA, Local, Method, Scaffold
 from fedloom.methods.ensemble import logits_of, separate
 from fedloom.site import Answer, Site, Update
 from fedloom.store import Store
@@ -26,6 +28,7 @@ Make = Callable[..., Site]
 ADAPTER = LoRA(rank=2)
 BY_HEAD = Classification(("cat", "dog", "bird"), head="linear")
 SGD = Training(lr=0.05, optimiser="sgd", batch=2)
+ADAMW = Training(lr=0.01, batch=2)
 
 
 def rounds(method: Method, sites: list[Site], n: int, folder: Path) -> tuple[Shared, dict[str, Private]]:
@@ -39,6 +42,20 @@ def rounds(method: Method, sites: list[Site], n: int, folder: Path) -> tuple[Sha
 
 def same(a: Tensors, b: Tensors) -> bool:
     return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("frozen", "majority", "pooled")])
+def test_every_method_takes_the_steps_of_torch_s_plain_adamw(
+    site: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The fused kernel reads memory in its order, and a method can make a gradient that lies there in another."""
+    sites = [site(training=ADAMW), site("paris", 4, training=ADAMW)]
+    method = FedPIA(probe=2) if name == "fedpia" else METHODS[name]()
+    shared, privates = rounds(method, sites, 1, tmp_path)  # so that what a server leaves beside an adapter is there
+    fused, own = method.local_round(1, sites[0], visible(shared), privates["oxford"])
+    monkeypatch.setattr(training, "adamw", lambda *args, **kwargs: adamw(*args, **{**kwargs, "fused": False}))
+    plain, other = method.local_round(1, sites[0], visible(shared), privates["oxford"])
+    torch.testing.assert_close({**fused.tensors, **own}, {**plain.tensors, **other}, rtol=0, atol=ADAMW.lr / 100)
 
 
 # An ensemble of everyone's adapters, and its distillation.
