@@ -452,11 +452,22 @@ def test_rows_that_were_wrong_are_withdrawn_and_run_anew() -> None:
         module.without(before, ["flora"])
 
 
-def test_an_endpoint_of_one_seed_has_no_interval() -> None:
-    figures = {"mean": 0.02, "low": None, "high": None, "above": None, "p": 1.0, "margin": 0.01}
+def test_an_endpoint_tells_its_seeds_and_whether_it_is_open() -> None:
+    module = publisher("publish")
     named = {"method": "m", "kind": "primary", "setting": "s", "view": "personal", "of": "a", "minus": "b"}
-    line = publisher("publish").endpoint({**named, **figures, "figure": "mean"})
-    assert line == "| m | primary | s, personal | a - b | +2.0 one seed | 1.0 | – | 1.00 |"
+
+    def line(**figures: Any) -> str:
+        said: str = module.endpoint({**named, "mean": 0.02, "margin": 0.01, "p": 1.0, "figure": "mean", **figures})
+        return said.removeprefix("| m | primary | s, personal | a - b | ")
+
+    assert line(low=None, high=None, above=None, n=1) == "1 | +2.0 one seed | 1.0 | – | 1.00 |"
+    assert line(low=-0.01, high=0.05, above=False, n=5) == "5, open | +2.0 [-1.0, 5.0] | 1.0 | no | 1.00 |"
+    assert line(low=0.005, high=0.035, above=False, n=5).startswith("5 | ")  # zero is out
+    assert line(low=-0.01, high=0.009, above=False, n=5).startswith("5 | ")  # the margin is out
+    assert line(low=-0.01, high=0.05, above=False, n=15).startswith("15 | ")
+    assert module.endpoint({**named, "why": "not run", "margin": 0.01, "figure": "mean"}).endswith(
+        "| not yet: not run | 1.0 | | |"
+    )
 
 
 def test_the_small_easy_vqa_is_of_its_test_part_and_whole() -> None:
