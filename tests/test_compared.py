@@ -169,13 +169,26 @@ def test_a_comparison_of_before_these_figures_is_shown_too(compared: Comparison,
     assert "sign-flip" not in table  # it has no p
 
 
-def test_of_many_rows_only_the_differences_to_local_only_are_told(compared: Comparison) -> None:
+def test_of_many_rows_the_differences_to_local_only_and_to_the_best_are_told(compared: Comparison) -> None:
     own = content(compared)
     assert told(own) == own["differences"]
     own["rows"] |= {f"more-{i}": {"summary": {}, "missing": {}} for i in range(9)}
     few = told(own)
-    assert {(one["of"], one["minus"]) for one in few} == {("fedavg", "local"), ("frozen", "local")}
-    (one,) = (one for one in few if one["of"] == "fedavg" and one["figure"] == "personal.accuracy.mean")
+    assert {(one["of"], one["minus"]) for one in few if not one["figure"].endswith(".mean")} == {
+        ("fedavg", "local"),
+        ("frozen", "local"),
+    }
+    assert {(one["of"], one["minus"]) for one in few if one["figure"] == "personal.accuracy.mean"} == {
+        ("fedavg", "local"),
+        ("frozen", "local"),
+        ("fedavg", "frozen"),
+    }
+    assert len(few) == len({(one["of"], one["minus"], one["figure"]) for one in few})
+    (one,) = (
+        one
+        for one in few
+        if (one["of"], one["minus"]) == ("fedavg", "local") and one["figure"] == "personal.accuracy.mean"
+    )
     assert one["mean"] == pytest.approx(0.635 - 0.5575)
 
 

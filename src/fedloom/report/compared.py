@@ -15,7 +15,10 @@ from fedloom.store import write
 FILE = "comparison.json"
 ALONE = "local"  # what a site would have without the others; a row may be judged against another (`judge`)
 MANY = 12  # rows of which no table tells every difference
-MARKS = {"pooled": "the data of all sites at one place, which no federation may do"}
+MARKS = {
+    "pooled": "the data of all sites at one place, which no federation may do",
+    "feddat": "a site's head takes two steps a batch, one under each of its adapters",
+}
 COLOURS = 7  # then they come again, dashed
 Content = Mapping[str, Any]  # of comparison.json
 Estimate = Mapping[str, Any]  # a mean over seeds and its interval
@@ -105,12 +108,19 @@ def judge(content: Content, row: str) -> str:
 
 
 def told(content: Content) -> list[Estimate]:
-    """The differences that fit into a table: of every two rows; where there are many, of each minus training alone."""
+    """The differences that fit into a table: of every two rows; where there are many, of each minus training alone, and
+    of the best in a view minus each."""
     if len(content["rows"]) <= MANY:
         return list(content["differences"])
-    figures = dict.fromkeys(own["figure"] for own in content["differences"])
-    found = (difference(content, row, judge(content, row), name) for name in figures for row in content["rows"])
-    return [own for own in found if own is not None]
+    rows, ahead = content["rows"], means(content)
+    pairs: dict[tuple[str, str, str], None] = {}
+    for name in dict.fromkeys(own["figure"] for own in content["differences"]):
+        pairs |= {(row, judge(content, row), name): None for row in rows}
+        if name in ahead:
+            scores = {row: own["summary"][name]["mean"] for row, own in rows.items() if name in own["summary"]}
+            best = max(scores, key=lambda row: scores[row])
+            pairs |= {(best, row, name): None for row in rows}
+    return [own for pair in pairs if (own := difference(content, *pair)) is not None]
 
 
 def marked(content: Content) -> list[str]:
