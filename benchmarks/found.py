@@ -5,6 +5,7 @@
     {own.labels mixed-tasks: feddat - local}      of one task, where there are several
     {own PAGE: ROW - PAGE: ROW}                   rows of two pages, paired by seed
     {sent caltech-wire: wire-int8 / fedavg}       0.25, of the bytes that sites send
+    {above own PAGE: ROW}                         the rows whose difference from ROW is above zero, below, or level
     {gains own of SETTING, ... by ROW, ROW | ROW, ...}
 
 A figure is a mean over seeds, in points; a difference is one over the seeds that both rows have, with half of its 95 %
@@ -29,6 +30,7 @@ VIEWS = {
     "all": ("global", "mean"),
     "newcomer": ("newcomer", "mean"),
 }
+SIDES = ("below", "level", "above")
 NAMED = re.compile(r"\{(\w+)(?:\.(\w+))?\s([^{}]+)\}")
 
 
@@ -45,6 +47,8 @@ def filled(text: str, contents: Contents) -> str:
                 return gains(named, contents)
             if kind == "sent":
                 return sent(named, contents)
+            if kind in SIDES:
+                return beside(kind, named, contents)
             return score(kind, task, named, contents)
         except (KeyError, ValueError) as e:
             raise SystemExit(f"found.md names {match[0]}, and the results have no such figure: {e}.") from None
@@ -95,6 +99,30 @@ def sent(named: str, contents: Contents) -> str:
     return f"{own / its:.2f}"
 
 
+def beside(side: str, named: str, contents: Contents) -> str:
+    """The rows of a page on one side of one of them, the furthest from it first; the level ones best first.
+
+    raises ValueError: there is none
+    """
+    kind, page, row = re.split(r":? ", named)
+    rows = contents[page]["rows"]
+    its = scores(rows[row], kind, None)
+    found = {}
+    for name, own in rows.items():
+        values = [] if name == row else differences(scores(own, kind, None), its)
+        if len(values) > 1 and SIDES[1 + sign(values)] == side:
+            found[name] = sum(values) / len(values)
+    if not found:
+        raise ValueError("no row is there")
+    return ", ".join(f"`{name}`" for name in sorted(found, key=lambda name: found[name], reverse=side != "below"))
+
+
+def sign(values: Sequence[float]) -> int:
+    """Of a mean whose interval leaves out zero, else 0."""
+    limits = interval(values)
+    return int((limits["low"] or 0) > 0) - int((limits["high"] or 0) < 0)
+
+
 def gains(named: str, contents: Contents) -> str:
     """The table of each row minus training alone, a line for each setting."""
     whose, rows = named.split(" by ")
@@ -136,6 +164,4 @@ def told(values: Sequence[float]) -> str:
     """A cell of the table."""
     if not values:
         return "–"
-    limits = interval(values)
-    beyond = limits["low"] is not None and limits["high"] is not None and not limits["low"] <= 0 <= limits["high"]
-    return f"**{estimate(values)}**" if beyond else estimate(values)
+    return f"**{estimate(values)}**" if sign(values) else estimate(values)

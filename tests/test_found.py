@@ -85,6 +85,14 @@ def test_a_table_judges_a_row_by_its_own_adapter_and_by_the_page_with_most_seeds
     assert made[2] == f"| [a](a.md) | 2 to 3 | **+8.3 ± {half(5, 10, 10):.1f}** | {lora} | – |"
 
 
+def test_the_rows_on_each_side_of_one_are_named(filled: Any) -> None:
+    rows = {"local": [0.5, 0.6, 0.4], "far": [0.8, 0.91, 0.7], "near": [0.55, 0.66, 0.45], "worse": [0.2, 0.3, 0.11]}
+    contents = {"a": page("a", **rows, noisy=[0.1, 0.9, 0.6], one=[0.9], gone=[])}
+    assert filled("{above own a: local}", contents) == "`far`, `near`"
+    assert filled("{below own a: local} are", contents) == "`worse` are"
+    assert filled("{level own a: local}; {below all a: local}", contents) == "`noisy`; `far`, `near`"
+
+
 @pytest.mark.parametrize(
     "named",
     [
@@ -96,6 +104,8 @@ def test_a_table_judges_a_row_by_its_own_adapter_and_by_the_page_with_most_seeds
         "{sent a: fedavg / feddlp}",
         "{gains own of b by fedavg}",
         "{gains own of a}",
+        "{below own a: local}",
+        "{level own a: fedpia}",
     ],
 )
 def test_a_figure_that_there_is_not_is_named(filled: Any, named: str) -> None:
