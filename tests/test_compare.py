@@ -308,6 +308,24 @@ def test_rows_and_seeds_of_before_stay_and_are_not_run_again(noted: Recipe, log:
     assert noticed[2].startswith("b: nothing that was run of it is of ")
 
 
+def test_cells_of_another_source_are_told_and_stay(noted: Recipe, log: Path, tmp_path: Path) -> None:
+    """After a fault was mended, what it had spoilt must not pass for new."""
+    folder, noticed = tmp_path / "compared", []
+    watch = lambda event: noticed.append(event.text) if isinstance(event, Note) else None  # noqa: E731
+    compare(noted, ("a",), [0, 1], folder, False, ignore)
+    ran = starts(log)
+    compare(noted, ("a",), [0, 1], folder, True, watch)
+    assert noticed == []
+    summaries = {path: json.loads(path.read_text()) for path in folder.glob("cells/*/summary.json")}
+    (own,) = (path for path, said in summaries.items() if said["seed"] == 1)
+    summaries[own]["lineage"]["source"] = "0" * 64
+    own.write_text(json.dumps(summaries[own]))
+    compare(noted, ("a",), [0, 1], folder, True, watch)
+    (note,) = noticed
+    assert note.startswith("1 of its finished cells are of another source of fedloom (the first is a, seed 1)")
+    assert starts(log) == ran
+
+
 def test_a_lora_is_judged_against_a_lora_and_what_was_counted_stays(short: Path, tmp_path: Path) -> None:
     recipe, folder = load(short, {"method.adapter": {"kind": "bottleneck", "width": 4}}), tmp_path / "compared"
     rows = ("local", "linear-probe", "fedavg-lora", "majority")

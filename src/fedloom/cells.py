@@ -31,6 +31,7 @@ class Cell:
     sites: Mapping[str, Mapping[str, float]]  # each site's value, by view
     rounds: Sequence[Mapping[str, Any]]  # evaluated ones: `round` from one, `bytes` so far, `held_out` by task
     seconds: float = 0.0  # of all rounds
+    source: str | None = None  # what of fedloom made it, where its run says so
 
 
 def cell(recipe: Recipe, folder: Path, watch: Watch) -> Cell:
@@ -41,7 +42,8 @@ def cell(recipe: Recipe, folder: Path, watch: Watch) -> Cell:
     views = {view: content for view, content in done.summary["views"].items() if content is not None}
     sites = {view: {name: row["value"] for name, row in content["sites"].items()} for view, content in views.items()}
     kept = figures(done.summary) | _private(folder, done.rounds)
-    return Cell(kept, sites, list(_rounds(done.rounds)), done.summary["seconds"])
+    source = done.summary.get("lineage", {}).get("source")
+    return Cell(kept, sites, list(_rounds(done.rounds)), done.summary["seconds"], source)
 
 
 def figures(summary: Mapping[str, Any]) -> dict[str, float]:

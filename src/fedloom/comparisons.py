@@ -18,6 +18,7 @@ from fedloom.assembly import planned
 from fedloom.cells import Cell, attempt, cell, each, folder_of
 from fedloom.errors import RecipeError, RunError
 from fedloom.events import Note, Watch
+from fedloom.lineage import source
 from fedloom.outcomes import Comparison, Target, summarised
 from fedloom.recipe import Recipe
 from fedloom.report.compared import ALONE, FILE, read, write_comparison
@@ -71,6 +72,11 @@ def compare(
     all_seeds = sorted({*before.seeds, *seeds})
     cells = {(at := Place(row, seed)): _planned(recipe, *at, chosen.get(row)) for seed in all_seeds for row in every}
     found, jobs = _stock(cells, {Place(row, seed) for row in rows for seed in seeds}, before, folder / "cells", watch)
+    stock = {Place(row, seed): own for row, its in found.items() for seed, own in its.items()}
+    other = [str(at) for at, own in stock.items() if isinstance(own, Cell) and own.source not in (None, source())]
+    if other:
+        about = f"{len(other)} of its finished cells are of another source of fedloom (the first is {other[0]})"
+        watch(Note(f"{about}; they are not run again: name another folder (--out) for that"))
     for row in before.rows:
         if row not in rows and not found.get(row):
             watch(Note(f"{row}: nothing that was run of it is of {recipe.file} as it is now; it is left out"))

@@ -4,6 +4,7 @@ import hashlib
 import platform
 import resource
 import sys
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ PACKAGES = ("torch", "transformers")
 
 
 def lineage(federation: Federation) -> dict[str, Any]:
-    """Hashes (SHA-256) of the frozen backbone and of the data, in all and by site; versions; the numerical plan."""
+    """Hashes (SHA-256) of the frozen backbone, of the data, in all and by site, and of this package's source; versions;
+    the numerical plan."""
     sites = {
         name: fingerprint(*(own.split(split) for split in ("train", "held_out", "test")))
         for name, own in {**federation.participants, **federation.newcomers}.items()
@@ -28,9 +30,19 @@ def lineage(federation: Federation) -> dict[str, Any]:
         "backbone": weights(federation.model.network.module),
         "data": hashlib.sha256(repr(sorted(sites.items())).encode()).hexdigest(),
         "sites": sites,
+        "source": source(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "plan": f"{plan.dtype}, {plan.attention}, {THREADS} thread, {plan.device} of {platform.machine()}",
     }
+
+
+@cache
+def source() -> str:
+    """Of every module of this package: its place and text."""
+    root, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def peak() -> int:
