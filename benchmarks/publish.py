@@ -303,8 +303,8 @@ def index() -> str:
         "",
         f"Where an interval holds zero and the margin, the protocol goes on from {FIRST} seeds by two, up to {LAST}; "
         "open are those where processor time ended before. Of looking more than once the intervals know nothing: each "
-        "look adds to the 2.5 % of a false `yes` that one has. Splits are drawn by seed from one pool: seeds share some "
-        "test examples, and some stood in a split of a development seed, but none in its own seed's training.",
+        "look adds to the 2.5 % of a false `yes` that one has. Splits are drawn by seed from one pool: seeds share "
+        "some test examples, and some stood in a split of a development seed, but none in its own seed's training.",
         "",
         "The protocol has had several versions, as settings and endpoints were added, and rows were not run again for "
         "that: each page has the hashes of its own.",
