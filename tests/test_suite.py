@@ -103,6 +103,9 @@ def test_seeds_for_choices_are_none_of_those_for_figures():
     assert not set(range(first, last + 1)) & set(range(begin, end + 1))
 
 
+REFUSED = {("vqamed-organ-baselines", "promptfl")}  # listed with its reason: questions have no class names
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_setting_is_whole(name: str):
     assert SETTINGS[name].keys() - {"set"} == {"asks", "recipe", "rows", "views"}
@@ -111,7 +114,11 @@ def test_a_setting_is_whole(name: str):
     newcomers = any(part.data.newcomer for part in recipe.parts.values())
     assert SETTINGS[name]["views"] == ["personal", "global", *(["newcomer"] if newcomers else [])]
     for row in SETTINGS[name]["rows"]:
-        assert recipe.row(row).parts.keys() == recipe.parts.keys()
+        if (name, row) in REFUSED:
+            with pytest.raises(RecipeError, match=f"row '{row}'"):
+                recipe.row(row)
+        else:
+            assert recipe.row(row).parts.keys() == recipe.parts.keys()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
