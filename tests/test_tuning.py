@@ -146,3 +146,11 @@ def test_a_row_may_have_a_grid_of_its_own(short: Recipe, tmp_path: Path, monkeyp
         grid_of(short.altered({"compare.tune.rows.fedprox": [1]}), None)
     with pytest.raises(RecipeError, match=r"rows in .* is 3; expected tables by row"):
         grid_of(short.altered({"compare.tune.rows": 3}), None)
+
+
+def test_a_row_that_a_recipe_refuses_has_one_point_and_stops_no_other() -> None:
+    recipe = load("vqamed-organ")
+    tried = points(recipe, ["fedavg", "promptfl"], {"training.lr": [0.1, 0.2]})
+    assert tried == {"fedavg": [{"training.lr": 0.1}, {"training.lr": 0.2}], "promptfl": [{}]}
+    with pytest.raises(RecipeError):
+        points(recipe, ["fedavg", "nobody"], {"training.lr": [0.1]})

@@ -7,7 +7,7 @@ each row got is recorded and told.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import product
 from pathlib import Path
@@ -83,7 +83,7 @@ def points(recipe: Recipe, rows: Sequence[str], grid: Grid) -> dict[str, list[di
     raises RecipeError: no row has a key of [method]
     """
     common = {key: values for key, values in grid.items() if key != ROWS}
-    has = {row: {key for key in common if _takes(recipe.row(row).method, key)} for row in rows}
+    has = {row: _taken(recipe, row, common) for row in rows}
     if gone := [key for key in common if not any(key in own for own in has.values())]:
         raise RecipeError(f"no method of the rows {list(rows)} has '{gone[0]}', which is to be tuned; leave it out.")
     grids = {
@@ -93,6 +93,17 @@ def points(recipe: Recipe, rows: Sequence[str], grid: Grid) -> dict[str, list[di
     return {
         row: [dict(zip(own, values, strict=True)) for values in product(*own.values())] for row, own in grids.items()
     }
+
+
+def _taken(recipe: Recipe, row: str, keys: Iterable[str]) -> set[str]:
+    """Those of the keys that a row has; none where the recipe refuses it, which is said where it would run."""
+    try:
+        method = recipe.row(row).method
+    except RecipeError:
+        if row not in recipe.rows:
+            raise
+        return set()
+    return {key for key in keys if _takes(method, key)}
 
 
 def _takes(method: Any, key: str) -> bool:
