@@ -1,11 +1,14 @@
 """A comparison that is published, with what was run later: rows and seeds added, rows that were wrong withdrawn."""
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from fedloom.outcomes import differences
 from fedloom.report.compared import told
 from fedloom.statistics import interval
+
+ROWS = re.compile(r"--(?:rows|methods) (\S+)")
 
 
 def joined(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -40,8 +43,7 @@ def joined(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         if own != its:
             raise SystemExit(f"{place}: it was {own}, and now {its}.")
     rows = old | new | {row: grown(old[row], new[row]) for row in old if row in new}
-    kept = [row for row, own in old.items() if own["cells"].keys() - new.get(row, {"cells": {}})["cells"].keys()]
-    earlier = {key: before[key] for key in ("command", "commit", "machine", "protocols")} | {"rows": kept}
+    earlier = {key: before[key] for key in ("command", "commit", "machine", "protocols")} | {"rows": ran(before)}
     earlier |= {"withdrawn": before["withdrawn"]} if before.get("withdrawn") else {}
     tuning = {"tuning": {**tunings[1], "rows": tunings[0]["rows"] | tunings[1]["rows"]}} if tunings[1] else {}
     result = {
@@ -53,6 +55,13 @@ def joined(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         "earlier": [*before.get("earlier", ()), earlier],
     }
     return result | {"differences": told(result)}
+
+
+def ran(content: dict[str, Any]) -> list[str]:
+    """The rows that its command made: those that it names, else all; the others were added to."""
+    named = ROWS.search(content["command"])
+    asked = named[1].split(",") if named else content["rows"]
+    return [row for row, own in content["rows"].items() if row in asked and own["cells"]]
 
 
 def without(content: dict[str, Any], rows: Collection[str]) -> dict[str, Any]:

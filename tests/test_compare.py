@@ -322,7 +322,7 @@ def test_cells_of_another_source_are_told_and_stay(noted: Recipe, log: Path, tmp
     own.write_text(json.dumps(summaries[own]))
     compare(noted, ("a",), [0, 1], folder, True, watch)
     (note,) = noticed
-    assert note.startswith("1 of its finished cells are of another source of fedloom (the first is a, seed 1)")
+    assert note.startswith("finished cells of another source of fedloom: 1, the first is a, seed 1; ")
     assert starts(log) == ran
 
 

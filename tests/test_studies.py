@@ -367,7 +367,7 @@ def published(**rows: list[float | None]) -> dict[str, Any]:
         return {seed: {"personal.accuracy.mean": value, "bytes_up": 7} for seed, value in scores.items()}
 
     return {
-        "command": f"compare {','.join(rows)}",
+        "command": f"compare --methods {','.join(rows)}",
         "commit": "c" * 40,
         "machine": "one",
         "protocols": [],
@@ -392,19 +392,19 @@ def test_rows_and_seeds_are_added_to_a_page_whose_cells_come_out_the_same_again(
     page = joined(before, after)
     assert list(page["rows"]) == ["local", "fedavg", "ditto"]
     assert (page["seeds"], page["command"], page["rows"]["local"]["sites"]) == (
-        *([0, 1, 2, 3], "compare local,ditto", "of more seeds"),
+        *([0, 1, 2, 3], "compare --methods local,ditto", "of more seeds"),
     )
     assert list(page["rows"]["local"]["cells"]) == ["0", "1", "2", "3"]
     assert page["rows"]["local"]["summary"]["personal.accuracy.mean"]["mean"] == 0.5
     assert page["rows"]["local"]["missing"] == {"4": "crashed"}  # seed 3 has been run since
     (earlier,) = page["earlier"]
-    assert (earlier["command"], earlier["rows"]) == ("compare local,fedavg", ["local", "fedavg"])
+    assert (earlier["command"], earlier["rows"]) == ("compare --methods local,fedavg", ["local", "fedavg"])
     pairs = {(one["of"], one["minus"], one["figure"]): one for one in page["differences"]}
     assert pairs["fedavg", "ditto", "personal.accuracy.mean"]["mean"] == 0.125
     assert pairs["local", "fedavg", "personal.accuracy.mean"]["n"] == 2
     assert "endpoints" not in page
     again = joined(page, published(local=[0.5, 0.25, 1.0, 0.25], scaffold=[0.25, 0.25]))
-    assert [one["rows"] for one in again["earlier"]] == [["local", "fedavg"], ["fedavg", "ditto"]]
+    assert [one["rows"] for one in again["earlier"]] == [["local", "fedavg"], ["local", "ditto"]]
     for other, why in [
         (published(local=[0.5, 0.26]), "local, seed 1, personal.accuracy.mean: it was 0.25, and now 0.26"),
         (published(local=[None, None, 0.5]), "No cell"),

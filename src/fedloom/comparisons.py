@@ -75,7 +75,7 @@ def compare(
     stock = {Place(row, seed): own for row, its in found.items() for seed, own in its.items()}
     other = [str(at) for at, own in stock.items() if isinstance(own, Cell) and own.source not in (None, source())]
     if other:
-        about = f"{len(other)} of its finished cells are of another source of fedloom (the first is {other[0]})"
+        about = f"finished cells of another source of fedloom: {len(other)}, the first is {other[0]}"
         watch(Note(f"{about}; they are not run again: name another folder (--out) for that"))
     for row in before.rows:
         if row not in rows and not found.get(row):

@@ -18,8 +18,8 @@ What is averaged are a LoRA's factors. One step of momentum with η = 1 is as fa
 (0.74 in `fedloom verify-aggregation`, where 0.51 is attainable). Adam, Yogi and Adagrad have no such contract: a step
 goes by η at most and not by Δ's size, so that one round of one site is not that site's adapter (an error of 1.0).
 
-Deviations: sites use [training]'s optimiser, where the paper's use SGD. The paper tunes η by task, over powers of ten
-and their square roots from 1e-3 to 1e1; here it is 1e-2 until a recipe says otherwise, which nobody tuned.
+Deviations: sites use [training]'s optimiser, where the paper's use SGD. The paper tunes η by task; here it is
+1e-2 until a recipe says otherwise, which nobody tuned.
 """
 
 from collections.abc import Callable, Iterable, Mapping
