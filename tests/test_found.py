@@ -1,13 +1,12 @@
 """What docs/results says: each of its figures is named, and read from what is published."""
 
-import importlib.util
 import re
 import tomllib
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from found import filled
 from scipy.stats import ttest_1samp
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -20,17 +19,6 @@ ASIDE = {
 }  # one question of their own
 
 Row = list[float]
-
-
-@pytest.fixture(scope="module")
-def filled() -> Callable[[str, Mapping[str, Any]], str]:
-    spec = importlib.util.spec_from_file_location("found", BENCHMARKS / "found.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    told: Callable[[str, Mapping[str, Any]], str] = module.filled
-    return told
 
 
 def page(setting: str, alone: str | None = None, **rows: Row) -> dict[str, Any]:
@@ -67,7 +55,7 @@ def half(*differences: float) -> float:
     return float(limits.high - limits.low) / 2
 
 
-def test_a_difference_is_over_the_seeds_that_both_rows_have(filled: Any) -> None:
+def test_a_difference_is_over_the_seeds_that_both_rows_have() -> None:
     gain, limits = "+8.3", f"{half(5, 10, 10):.1f}"
     assert filled("x {own a: fedavg - local} y", CONTENTS) == f"x {gain} ± {limits} y"
     assert filled("{all a:\nfedavg -\nlocal}", CONTENTS) == f"-8.3 ± {limits}"
@@ -78,14 +66,14 @@ def test_a_difference_is_over_the_seeds_that_both_rows_have(filled: Any) -> None
     assert filled("{sent a: fedavg / local}", CONTENTS) == "0.83"
 
 
-def test_a_table_judges_a_row_by_its_own_adapter_and_by_the_page_with_most_seeds(filled: Any) -> None:
+def test_a_table_judges_a_row_by_its_own_adapter_and_by_the_page_with_most_seeds() -> None:
     made = filled("{gains own of a by fedavg, fedpia | fedavg-lora, fedpia}", CONTENTS).splitlines()
     assert made[0] == "| setting | seeds | fedavg | fedpia / fedavg-lora | fedpia |"
     lora = f"+12.5 ± {half(25, 0):.1f}"
     assert made[2] == f"| [a](a.md) | 2 to 3 | **+8.3 ± {half(5, 10, 10):.1f}** | {lora} | – |"
 
 
-def test_the_rows_on_each_side_of_one_are_named(filled: Any) -> None:
+def test_the_rows_on_each_side_of_one_are_named() -> None:
     rows = {"local": [0.5, 0.6, 0.4], "far": [0.8, 0.91, 0.7], "near": [0.55, 0.66, 0.45], "worse": [0.2, 0.3, 0.11]}
     contents = {"a": page("a", **rows, noisy=[0.1, 0.9, 0.6], one=[0.9], gone=[])}
     assert filled("{above own a: local}", contents) == "`far`, `near`"
@@ -108,7 +96,7 @@ def test_the_rows_on_each_side_of_one_are_named(filled: Any) -> None:
         "{level own a: fedpia}",
     ],
 )
-def test_a_figure_that_there_is_not_is_named(filled: Any, named: str) -> None:
+def test_a_figure_that_there_is_not_is_named(named: str) -> None:
     with pytest.raises(SystemExit, match=re.escape(named)):
         filled(f"It is {named}.", CONTENTS)
 

@@ -1,7 +1,6 @@
 """Every study on a tiny federation, and what must hold of any study, whatever it finds."""
 
 import hashlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,8 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import publish
+import publish_study
 import pytest
 import torch
+from joined import joined, without
 from PIL import Image
 from torch.testing import assert_close
 
@@ -295,32 +297,18 @@ def test_too_few_sites_are_named(recipe: str) -> None:
         prepared(Options(1, recipe, SMALL), 100, {}, sites=9)
 
 
-def publisher(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    return module
-
-
 def test_what_is_published_is_made_from_its_figures() -> None:
-    module = publisher("publish_study")
-    for path in sorted(module.RESULTS.glob("*.json")):
+    for path in sorted(publish_study.RESULTS.glob("*.json")):
         result = Result.of(path.read_text("utf-8"))
         assert set(result.seeds) <= set(range(100, 110))
         assert {"commit", "machine", "fedloom"} <= result.lineage.keys()
-        assert (module.PAGES / f"{path.stem}.md").read_text("utf-8") == page(result)
-        assert (module.PAGES / f"{path.stem}.svg").read_text("utf-8") == picture(result)
-    assert (module.PAGES / "README.md").read_text("utf-8") == module.index()
+        assert (publish_study.PAGES / f"{path.stem}.md").read_text("utf-8") == page(result)
+        assert (publish_study.PAGES / f"{path.stem}.svg").read_text("utf-8") == picture(result)
+    assert (publish_study.PAGES / "README.md").read_text("utf-8") == publish_study.index()
 
 
 def test_every_page_of_results_is_made_from_its_figures() -> None:
-    made = dict(publisher("publish").pages())
+    made = dict(publish.pages())
     assert {path.name for path in made} | {"advise.md"} == {path.name for path in (ROOT / "docs/results").iterdir()}
     assert [path.name for path, written in made.items() if path.read_text("utf-8") != written] == []
 
@@ -328,8 +316,7 @@ def test_every_page_of_results_is_made_from_its_figures() -> None:
 def test_what_is_published_says_what_its_runs_say_of_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = publisher("publish")
-    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(publish, "ROOT", tmp_path)
     file = tmp_path / "benchmarks" / "protocol.toml"
     file.parent.mkdir()
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
@@ -339,7 +326,7 @@ def test_what_is_published_says_what_its_runs_say_of_themselves(
         file.write_text(text)
         subprocess.run([*git, "add", "."], check=True)
         subprocess.run([*git, "commit", "-qm", text], check=True)
-        commits.append(module.lineage()["commit"])
+        commits.append(publish.lineage()["commit"])
     file.write_text("never committed")
     first, second = (hashlib.sha256(text.encode()).hexdigest() for text in ("first", "second"))
     run = tmp_path / "run"
@@ -352,11 +339,11 @@ def test_what_is_published_says_what_its_runs_say_of_themselves(
     content = {"rows": {}, "differences": [], "seeds": [0], "recipe": "", "fedloom": ""}
     for own, hashes in (({}, ([first], [second])), ({"protocols": ["its", "own"]}, (["its", "own"],) * 2)):
         (run / "comparison.json").write_text(json.dumps(content | own))
-        found = [module.published(run, "made", commit) for commit in commits]
+        found = [publish.published(run, "made", commit) for commit in commits]
         assert tuple(one["protocols"] for one in found) == hashes
     assert {one["machine"] for one in found} == {"1 thread, cuda of x86_64, python 3.12, torch 2.9"}
-    assert "protocol its, own, 1 thread, cuda of x86_64" in module.compared_page("x", found[0])
-    assert module.protocols_at("0" * 40) == []
+    assert "protocol its, own, 1 thread, cuda of x86_64" in publish.compared_page("x", found[0])
+    assert publish.protocols_at("0" * 40) == []
 
 
 def published(**rows: list[float | None]) -> dict[str, Any]:
@@ -383,7 +370,6 @@ def published(**rows: list[float | None]) -> dict[str, Any]:
 
 
 def test_rows_and_seeds_are_added_to_a_page_whose_cells_come_out_the_same_again() -> None:
-    joined = publisher("publish").joined
     before = published(local=[0.5, 0.25], fedavg=[0.75, 0.5])
     after = published(local=[0.5, None, 1.0, 0.25], ditto=[0.5, 0.5])
     after["rows"]["local"] |= {"sites": "of more seeds"}
@@ -418,7 +404,6 @@ def test_rows_and_seeds_are_added_to_a_page_whose_cells_come_out_the_same_again(
 
 
 def test_rows_that_were_wrong_are_withdrawn_and_run_anew() -> None:
-    module = publisher("publish")
 
     def tuned(**rates: float) -> dict[str, Any]:
         rows = {
@@ -432,8 +417,8 @@ def test_rows_that_were_wrong_are_withdrawn_and_run_anew() -> None:
     before["earlier"] = [{"command": "x", "commit": "c" * 40, "machine": "", "protocols": [], "rows": ["feddat"]}]
     after = published(local=[0.5], feddat=[0.75, 0.5]) | tuned(local=0.1, feddat=0.2)
     with pytest.raises(SystemExit, match="another tuning of feddat"):
-        module.joined(before, after)
-    page = module.joined(module.without(before, ["feddat"]), after)
+        joined(before, after)
+    page = joined(without(before, ["feddat"]), after)
     assert {row: list(own["cells"].values())[-1]["personal.accuracy.mean"] for row, own in page["rows"].items()} == {
         "local": 0.25,
         "ditto": 0.5,
@@ -447,17 +432,16 @@ def test_rows_that_were_wrong_are_withdrawn_and_run_anew() -> None:
     assert [(one["rows"], one.get("withdrawn")) for one in page["earlier"]] == [
         (["local", "ditto"], ["feddat"]),
     ]
-    assert "Its feddat were wrong" in module.compared_page("x", page | {"rows": {}, "differences": [], "tuning": None})
+    assert "Its feddat were wrong" in publish.compared_page("x", page | {"rows": {}, "differences": [], "tuning": None})
     with pytest.raises(SystemExit, match="no row 'flora' to withdraw"):
-        module.without(before, ["flora"])
+        without(before, ["flora"])
 
 
 def test_an_endpoint_tells_its_seeds_and_whether_it_is_open() -> None:
-    module = publisher("publish")
     named = {"method": "m", "kind": "primary", "setting": "s", "view": "personal", "of": "a", "minus": "b"}
 
     def line(**figures: Any) -> str:
-        said: str = module.endpoint({**named, "mean": 0.02, "margin": 0.01, "p": 1.0, "figure": "mean", **figures})
+        said: str = publish.endpoint({**named, "mean": 0.02, "margin": 0.01, "p": 1.0, "figure": "mean", **figures})
         return said.removeprefix("| m | primary | s, personal | a - b | ")
 
     assert line(low=None, high=None, above=None, n=1) == "1 | +2.0 one seed | 1.0 | – | 1.00 |"
@@ -465,7 +449,7 @@ def test_an_endpoint_tells_its_seeds_and_whether_it_is_open() -> None:
     assert line(low=0.005, high=0.035, above=False, n=5).startswith("5 | ")  # zero is out
     assert line(low=-0.01, high=0.009, above=False, n=5).startswith("5 | ")  # the margin is out
     assert line(low=-0.01, high=0.05, above=False, n=15).startswith("15 | ")
-    assert module.endpoint({**named, "why": "not run", "margin": 0.01, "figure": "mean"}).endswith(
+    assert publish.endpoint({**named, "why": "not run", "margin": 0.01, "figure": "mean"}).endswith(
         "| not yet: not run | 1.0 | | |"
     )
 
