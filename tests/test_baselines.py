@@ -386,6 +386,19 @@ def test_feddat_fine_tunes_its_own_half_alone(site: Make, tmp_path: Path) -> Non
     assert oxford.task.loss(after, batch.targets) < oxford.task.loss(before, batch.targets)
 
 
+def test_feddat_without_exchange_is_a_federation_of_each_site(site: Make, tmp_path: Path) -> None:
+    sites, alone = [site(), site("paris", 4)], FedDAT(DUAL, exchange=False)
+    shared, privates = rounds(alone, sites, 2, tmp_path / "alone")
+    assert shared == {}
+    for one in sites:
+        federation, own = rounds(FedDAT(DUAL), [one], 2, tmp_path / one.name)
+        (batch,) = one.passes(one.train)
+        tuned = alone.personalise(one, shared, privates[one.name], 1)
+        expected = FedDAT(DUAL).personalise(one, federation, own[one.name], 1)
+        assert same(tuned, {**expected, **at("unsent", federation)})
+        assert alone.serve(one, shared, tuned)(batch).equal(FedDAT(DUAL).serve(one, federation, expected)(batch))
+
+
 def test_the_two_halves_may_have_any_adapter_with_hidden_units(site: Make, tmp_path: Path) -> None:
     oxford, method = site(), FedDAT(LoRA(rank=2, gated=True))
     shared, privates = rounds(method, [oxford], 1, tmp_path)

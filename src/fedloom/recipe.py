@@ -40,6 +40,7 @@ LATER: Mapping[tuple[str, ...], tuple[Any, ...]] = {
     ("backbone", "device"): ("cpu",),
     ("backbone", "kernels"): ("auto", "plain"),
     ("federation", "group"): (1,),
+    ("method", "exchange"): (True,),
 }
 PATHS = {
     ("data", "source"),

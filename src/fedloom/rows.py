@@ -2,7 +2,8 @@
 
 A row that is none of these is one of the recipe's own ([compare]), or a method by its name. `linear-probe` is a head at
 each site alone, as long as other rows train; `fedavg-head` the mean of such heads, where all sites have one vocabulary.
-In `feddlp-alone` a newcomer starts from the shared adapter, as in FedDLP: that view is not one of training alone.
+`feddat-alone` and `feddlp-alone` train what those methods serve at sites that hear nothing of each other; a newcomer
+of the latter starts from the shared adapter, as in FedDLP: that view is not one of training alone.
 """
 
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ ROWS: Mapping[str, Table] = {
     "fedavg-untuned": {"method": {"name": "fedavg"}, "training": {"finetune": 0}},
     "fedavgm": {"method": {"name": "fedopt", "server": "momentum", "eta": 1.0}},
     "fedclip": {"method": {"name": "fedavg", "adapter": {"kind": "attention"}}},
+    "feddat-alone": {"method": {"name": "feddat", "exchange": False}},
     "feddlp": {"method": {"name": "feddlp", "adapter": {"kind": "lora"}}},
     "feddlp-alone": {  # its private adapter, gates and all, at sites that hear nothing of each other
         "method": {

@@ -18,6 +18,9 @@ paper's gating.) The mean of two adapters is one of their widths together, so th
 
 A LoRA is averaged factor by factor, and A_s is as far from the mean of products as FedAvg's.
 
+`exchange = false` leaves A_s at its site as well, so that nothing is ever sent: two adapters that teach each other, at
+sites that hear nothing of each other. What FedDAT is above that is what federating is worth in it.
+
 Deviations: the head is private, as there, and is trained in both steps, but with moments of its own in each; [training]
 says optimiser and rates, and its learning rate is not warmed up anew each round. A site without an A_c starts from what
 it was sent, where the program draws one.
@@ -47,16 +50,17 @@ from fedloom.training import State, head, placed, step
 class FedDAT:
     adapter: Bottleneck | LoRA = field(default_factory=Bottleneck)
     temperature: Annotated[float, Gt(0)] = 3.0  # T
+    exchange: bool = True  # whether A_s is sent and averaged
 
     individual: ClassVar[bool] = False
     sends: ClassVar[frozenset[str]] = frozenset()
     heads: ClassVar[Literal["private", "shared"]] = "private"
 
     def start(self, model: Adaptable, task: Task | None, sites: int, seed: int) -> Shared:
-        return sharing.begun(self.adapter, self.heads, model, task, seed)
+        return sharing.begun(self.adapter, self.heads, model, task, seed) if self.exchange else Shared({})
 
     def local_round(self, round: int, site: Site, shared: Shared, private: Private) -> tuple[Update, Private]:
-        z, losses = head(site, private), []
+        shared, z, losses = self._sent(site, shared, private), head(site, private), []
         ours, own = State({**shared, **z}), State({**self._own(site, shared, private), **z})
         for i, batch in enumerate(site.batches(round)):
             with torch.no_grad():
@@ -69,8 +73,10 @@ class FedDAT:
                 ours = State({**ours.tensors, **part("head", own.tensors)}, ours.moments)
             losses.append((value, own_value))
         loss, loss_own = torch.tensor(losses).double().mean(0).tolist()
-        sent = Update(Shared(only(shared, ours.tensors)), len(site), len(site), {"loss": loss, "loss_own": loss_own})
-        return sent, Private({**part("head", own.tensors), **at("local", without("head", own.tensors))})
+        sent, kept = only(shared, ours.tensors), self._kept(own)
+        if not self.exchange:
+            sent, kept = {}, {**kept, **at("unsent", sent)}
+        return Update(Shared(sent), len(site), len(site), {"loss": loss, "loss_own": loss_own}), Private(kept)
 
     def aggregate(self, shared: Shared, answers: Iterable[Answer]) -> tuple[Shared, Mapping[str, float]]:
         return Shared(mean((answer.update.tensors, answer.update.weight) for answer in answers)), {}
@@ -79,16 +85,27 @@ class FedDAT:
         """Step 2 alone, without a teacher."""
         if not epochs:
             return private
+        shared = self._sent(site, shared, private)
         own = State({**self._own(site, shared, private), **head(site, private)})
         for i, batch in enumerate(site.batches("fine-tuning", epochs)):
             with placed(site, "fine-tuning", i):
                 own, _ = step(own, self._loss(site, batch, None, shared), site.training)
-        return Private({**part("head", own.tensors), **at("local", without("head", own.tensors))})
+        return Private({**private, **self._kept(own)})
 
     def serve(self, site: Site, shared: Shared, private: Private) -> Callable[[Batch], Tensor]:
+        shared = self._sent(site, shared, private)
         heads = {**site.task.init(site.model.dim, site.seed), **part("head", private)}
         tensors = self._dual({**self._own(site, shared, private), **heads}, shared)
         return Served(site, self.adapter, tensors)
+
+    def _sent(self, site: Site, shared: Shared, private: Private) -> Shared:
+        """What the site was sent; where nothing is, its own A_s."""
+        if self.exchange:
+            return shared
+        return Shared(under("unsent", private) or site.initial or site.model.init(self.adapter, site.seed))
+
+    def _kept(self, own: State) -> dict[str, Tensor]:
+        return {**part("head", own.tensors), **at("local", without("head", own.tensors))}
 
     def _own(self, site: Site, shared: Shared, private: Private) -> Tensors:
         return under("local", private) or site.initial or shared
