@@ -256,6 +256,17 @@ def test_paths_start_at_the_file_and_overrides_at_the_current_folder(
 # Identity
 
 
+@pytest.mark.parametrize(
+    ("key", "other"),
+    [("backbone.device", "cuda"), ("backbone.kernels", "fused"), ("federation.group", 2), ("method.exchange", "false")],
+)
+def test_a_key_that_came_later_is_counted_where_it_changes_a_result(small: Path, key: str, other: Any) -> None:
+    recipe = load(small).row("feddat")
+    assert key in {dotted(names) for names, _ in leaves(recipe.table())}
+    assert key not in recipe._counted()
+    assert recipe.altered([f"{key}={other}"]).id != recipe.id
+
+
 @pytest.mark.parametrize("same", ["federation.engine=local", "federation.keep=9", "compare={a={method={mu=0.1}}}"])
 def test_what_changes_no_result_changes_no_id(small: Path, same: str) -> None:
     recipe = load(small)
