@@ -7,11 +7,13 @@
     {sent caltech-wire: wire-int8 / fedavg}       0.25, of the bytes that sites send
     {above own PAGE: ROW}                         the rows whose difference from ROW is above zero, below, or level
     {gains own of SETTING, ... by ROW, ROW | ROW, ...}
+    {pairs own all of SETTING, ... by ROW - ROW, ...}
 
 A figure is a mean over seeds, in points; a difference is one over the seeds that both rows have, with half of its 95 %
 t interval. `gains` is a table of each row minus training alone: minus the row that trains its adapter alone, where some
-page has both, else minus local-only. Of pages that have both the one with most seeds counts, of `ROW | ROW` the first
-that is there; bold leaves out zero.
+page has both, else minus local-only. `pairs` is one of each row minus the other. Of pages that have both the one with
+most seeds counts, of `ROW | ROW` the first that is there; where none has both rows of a pair, two pages of the setting
+have, and a star says so. Bold leaves out zero.
 """
 
 import re
@@ -45,6 +47,8 @@ def filled(text: str, contents: Contents) -> str:
         try:
             if kind == "gains":
                 return gains(named, contents)
+            if kind == "pairs":
+                return pairs(named, contents)
             if kind == "sent":
                 return sent(named, contents)
             if kind in SIDES:
@@ -132,14 +136,50 @@ def gains(named: str, contents: Contents) -> str:
     lines.append(f"| --- | ---: |{' ---: |' * len(columns)}")
     for line in settings.split(", "):
         setting, _, task = line.partition(".")
-        pages = [contents[page] for page in sorted(contents, key=len) if of(contents[page]) == setting]
+        pages = about(setting, contents)
         found = [next(filter(None, (gain(row, kind, task, pages) for row in column)), []) for column in columns]
-        seeds = sorted({len(values) for values in found if values})
-        if not seeds:
+        if not any(found):
             raise ValueError(f"no row of {line} beside training alone")
-        many = " to ".join(dict.fromkeys((str(seeds[0]), str(seeds[-1]))))
-        lines.append(f"| [{line}]({setting}.md) | {many} | {' | '.join(map(told, found))} |")
+        lines.append(f"| [{line}]({setting}.md) | {many(found)} | {' | '.join(map(told, found))} |")
     return "\n".join(lines)
+
+
+def pairs(named: str, contents: Contents) -> str:
+    """The table of rows minus others in some views, a line for each setting."""
+    kinds, rest = named.split(" of ")
+    settings, columns = (words.split(", ") for words in rest.split(" by "))
+    lines = [f"| setting | seeds | {' | '.join(columns)} |", f"| --- | ---: |{' ---: |' * len(columns)}"]
+    for setting in settings:
+        pages = about(setting, contents)
+        found = [[paired(*column.split(" - "), kind, pages) for kind in kinds.split()] for column in columns]
+        values = [view for cell in found for view, _ in cell]
+        if not any(values):
+            raise ValueError(f"{setting} has none of these rows")
+        cells = [" / ".join(told(view) for view, _ in cell if view) + "\\*" * (not cell[0][1]) or "–" for cell in found]
+        lines.append(f"| [{setting}]({setting}.md) | {many(values)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def paired(row: str, minus: str, kind: str, pages: Sequence[Mapping[str, Any]]) -> tuple[list[float], bool]:
+    """By seed, what a row is above another, and whether one page has both: that with most seeds, else two pages."""
+    found = [
+        (differences(scores(one["rows"][row], kind, None), scores(two["rows"][minus], kind, None)), one is two)
+        for one in pages
+        for two in pages
+        if row in one["rows"] and minus in two["rows"]
+    ]
+    return max(found, key=lambda pair: (bool(pair[0]), pair[1], len(pair[0])), default=([], True))
+
+
+def many(found: Sequence[Sequence[float]]) -> str:
+    """Over how many seeds the cells of a line are."""
+    seeds = sorted({len(values) for values in found if values})
+    return " to ".join(dict.fromkeys((str(seeds[0]), str(seeds[-1]))))
+
+
+def about(setting: str, contents: Contents) -> list[Mapping[str, Any]]:
+    """The pages of a setting, its own first."""
+    return [contents[page] for page in sorted(contents, key=len) if of(contents[page]) == setting]
 
 
 def of(content: Mapping[str, Any]) -> str | None:

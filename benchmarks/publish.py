@@ -236,7 +236,9 @@ def index() -> str:
         "",
         "## The settings",
         "",
-        "Personal view, mean over sites, per cent; the page has all views and intervals.",
+        "Personal view, mean over sites, per cent; the page has all views and intervals. A row of fewer seeds than its "
+        "setting has their number after it: seeds differ by points, so do not rank its mean among the others; the page "
+        "pairs rows by seed.",
         "",
     ]
     lines += ["| setting | seeds | protocol | rows |", "| --- | ---: | --- | --- |"]
@@ -282,8 +284,10 @@ def setting(name: str, content: dict[str, Any]) -> Iterator[str]:
         means = {}
         for row, own in content["rows"].items():
             if values := [cell[figure] for cell in own["cells"].values() if figure in cell]:
-                means[row] = 100 * sum(values) / len(values)
-        rows = ", ".join(f"{row} {means[row]:.1f}" for row in sorted(means, key=lambda row: -means[row]))
+                fewer = f" ({len(values)})" if len(values) < len(content["seeds"]) else ""
+                means[row] = 100 * sum(values) / len(values), fewer
+        ranked = sorted(means.items(), key=lambda told: -told[1][0])
+        rows = ", ".join(f"{row} {mean:.1f}{fewer}" for row, (mean, fewer) in ranked)
         task = f", {figure.split('.')[1]}" if len(personal) > 1 else ""
         yield f"| [{name}]({name}.md){task} | {len(content['seeds'])} | {hashes} | {rows} |"
 

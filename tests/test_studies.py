@@ -404,7 +404,6 @@ def test_rows_and_seeds_are_added_to_a_page_whose_cells_come_out_the_same_again(
 
 
 def test_rows_that_were_wrong_are_withdrawn_and_run_anew() -> None:
-
     def tuned(**rates: float) -> dict[str, Any]:
         rows = {
             row: {"choice": {"training.lr": lr}, "tried": [{"set": {"training.lr": lr}}]} for row, lr in rates.items()
