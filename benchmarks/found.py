@@ -151,7 +151,7 @@ def pairs(named: str, contents: Contents) -> str:
     lines = [f"| setting | seeds | {' | '.join(columns)} |", f"| --- | ---: |{' ---: |' * len(columns)}"]
     for setting in settings:
         pages = about(setting, contents)
-        found = [[paired(*column.split(" - "), kind, pages) for kind in kinds.split()] for column in columns]
+        found = [[paired(column, kind, pages) for kind in kinds.split()] for column in columns]
         values = [view for cell in found for view, _ in cell]
         if not any(values):
             raise ValueError(f"{setting} has none of these rows")
@@ -160,8 +160,9 @@ def pairs(named: str, contents: Contents) -> str:
     return "\n".join(lines)
 
 
-def paired(row: str, minus: str, kind: str, pages: Sequence[Mapping[str, Any]]) -> tuple[list[float], bool]:
+def paired(rows: str, kind: str, pages: Sequence[Mapping[str, Any]]) -> tuple[list[float], bool]:
     """By seed, what a row is above another, and whether one page has both: that with most seeds, else two pages."""
+    row, minus = rows.split(" - ")
     found = [
         (differences(scores(one["rows"][row], kind, None), scores(two["rows"][minus], kind, None)), one is two)
         for one in pages

@@ -73,6 +73,16 @@ def test_a_table_judges_a_row_by_its_own_adapter_and_by_the_page_with_most_seeds
     assert made[2] == f"| [a](a.md) | 2 to 3 | **+8.3 ± {half(5, 10, 10):.1f}** | {lora} | – |"
 
 
+def test_a_pair_is_of_one_page_where_one_has_both_rows_and_of_two_with_a_star() -> None:
+    made = filled("{pairs own all of a by fedavg - local, fedavg - local-lora, fedpia - local}", CONTENTS)
+    head, _, line = made.splitlines()
+    assert head == "| setting | seeds | fedavg - local | fedavg - local-lora | fedpia - local |"
+    limits = f"{half(5, 10, 10):.1f}"
+    two = f"{half(5, 20):.1f}"
+    cells = f"**+8.3 ± {limits}** / **-8.3 ± {limits}** | +12.5 ± {two} / -12.5 ± {two}\\*"
+    assert line == f"| [a](a.md) | 2 to 3 | {cells} | – |"
+
+
 def test_the_rows_on_each_side_of_one_are_named() -> None:
     rows = {"local": [0.5, 0.6, 0.4], "far": [0.8, 0.91, 0.7], "near": [0.55, 0.66, 0.45], "worse": [0.2, 0.3, 0.11]}
     contents = {"a": page("a", **rows, noisy=[0.1, 0.9, 0.6], one=[0.9], gone=[])}
@@ -92,6 +102,8 @@ def test_the_rows_on_each_side_of_one_are_named() -> None:
         "{sent a: fedavg / feddlp}",
         "{gains own of b by fedavg}",
         "{gains own of a}",
+        "{pairs own of a by fedpia - local}",
+        "{pairs own of a by fedavg}",
         "{below own a: local}",
         "{level own a: fedpia}",
     ],
