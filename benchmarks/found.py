@@ -155,8 +155,9 @@ def pairs(named: str, contents: Contents) -> str:
         values = [view for cell in found for view, _ in cell]
         if not any(values):
             raise ValueError(f"{setting} has none of these rows")
-        cells = [" / ".join(told(view) for view, _ in cell if view) + "\\*" * (not cell[0][1]) or "–" for cell in found]
-        lines.append(f"| [{setting}]({setting}.md) | {many(values)} | {' | '.join(cells)} |")
+        stars = ["" if together or not view else "\\*" for (view, together), *_ in found]
+        cells = [" / ".join(told(view) for view, _ in cell if view) or "–" for cell in found]
+        lines.append(f"| [{setting}]({setting}.md) | {many(values)} | {' | '.join(map(str.__add__, cells, stars))} |")
     return "\n".join(lines)
 
 

@@ -81,6 +81,13 @@ def test_a_pair_is_of_one_page_where_one_has_both_rows_and_of_two_with_a_star() 
     two = f"{half(5, 20):.1f}"
     cells = f"**+8.3 ± {limits}** / **-8.3 ± {limits}** | +12.5 ± {two} / -12.5 ± {two}\\*"
     assert line == f"| [a](a.md) | 2 to 3 | {cells} | – |"
+    pages = {
+        "a": page("a", local=[0.5, 0.6, 0.4], there=[]),
+        "a-more": page("a", local=[0.1, 0.2], row=[0.3, 0.5, 0.9], there=[0.7, 0.7, 0.5]),
+        "a-others": page("a", gone=[], other=[0.6, 0.8]),
+    }
+    made = filled("{pairs own of a by row - local, there - gone, other - there}", pages).splitlines()[2]
+    assert made == f"| [a](a.md) | 2 | +25.0 ± {half(20, 30):.1f} | – | +0.0 ± {half(-10, 10):.1f}\\* |"
 
 
 def test_the_rows_on_each_side_of_one_are_named() -> None:
