@@ -83,7 +83,7 @@ def test_a_pair_is_of_one_page_where_one_has_both_rows_and_of_two_with_a_star() 
     assert line == f"| [a](a.md) | 2 to 3 | {cells} | – |"
     pages = {
         "a": page("a", local=[0.5, 0.6, 0.4], there=[]),
-        "a-more": page("a", local=[0.1, 0.2], row=[0.3, 0.5, 0.9], there=[0.7, 0.7, 0.5]),
+        "a-more": page("a", local=[0.1, 0.2], row=[0.3, 0.5, 0.9], there=[0.7, 0.7, 0.5], other=[]),
         "a-others": page("a", gone=[], other=[0.6, 0.8]),
     }
     made = filled("{pairs own of a by row - local, there - gone, other - there}", pages).splitlines()[2]
