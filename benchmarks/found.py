@@ -6,21 +6,17 @@
     {own PAGE: ROW - PAGE: ROW}                   rows of two pages, paired by seed
     {sent caltech-wire: wire-int8 / fedavg}       0.25, of the bytes that sites send
     {above own PAGE: ROW}                         the rows whose difference from ROW is above zero, below, or level
-    {gains own of SETTING, ... by ROW, ROW | ROW, ...}
-    {pairs own all of SETTING, ... by ROW - ROW, ...}
+    {pairs own all of SETTING, SETTING.TASK, ... by ROW - ROW, ...}
 
 A figure is a mean over seeds, in points; a difference is one over the seeds that both rows have, with half of its 95 %
-t interval. `gains` is a table of each row minus training alone: minus the row that trains its adapter alone, where some
-page has both, else minus local-only. `pairs` is one of each row minus the other. Of pages that have both the one with
-most seeds counts, of `ROW | ROW` the first that is there; where none has both rows of a pair, two pages of the setting
-have, and a star says so. Bold leaves out zero.
+t interval. `pairs` is a table of each row minus the other, a line for each setting: of the setting's pages that have
+both the one with most seeds counts; where none has, two of its pages have, and a star says so. Bold leaves out zero.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedloom.report.compared import ALONE, judge
 from fedloom.statistics import interval
 
 Contents = Mapping[str, Mapping[str, Any]]  # the comparisons that are published, by page
@@ -45,8 +41,6 @@ def filled(text: str, contents: Contents) -> str:
     def figure(match: re.Match[str]) -> str:
         kind, task, named = match[1], match[2], " ".join(match[3].split())
         try:
-            if kind == "gains":
-                return gains(named, contents)
             if kind == "pairs":
                 return pairs(named, contents)
             if kind == "sent":
@@ -127,45 +121,29 @@ def sign(values: Sequence[float]) -> int:
     return int((limits["low"] or 0) > 0) - int((limits["high"] or 0) < 0)
 
 
-def gains(named: str, contents: Contents) -> str:
-    """The table of each row minus training alone, a line for each setting."""
-    whose, rows = named.split(" by ")
-    kind, settings = whose.split(" of ")
-    columns = [column.split(" | ") for column in rows.split(", ")]
-    lines = [f"| setting | seeds | {' | '.join(' / '.join(column) for column in columns)} |"]
-    lines.append(f"| --- | ---: |{' ---: |' * len(columns)}")
-    for line in settings.split(", "):
-        setting, _, task = line.partition(".")
-        pages = about(setting, contents)
-        found = [next(filter(None, (gain(row, kind, task, pages) for row in column)), []) for column in columns]
-        if not any(found):
-            raise ValueError(f"no row of {line} beside training alone")
-        lines.append(f"| [{line}]({setting}.md) | {many(found)} | {' | '.join(map(told, found))} |")
-    return "\n".join(lines)
-
-
 def pairs(named: str, contents: Contents) -> str:
     """The table of rows minus others in some views, a line for each setting."""
     kinds, rest = named.split(" of ")
     settings, columns = (words.split(", ") for words in rest.split(" by "))
     lines = [f"| setting | seeds | {' | '.join(columns)} |", f"| --- | ---: |{' ---: |' * len(columns)}"]
-    for setting in settings:
+    for line in settings:
+        setting, _, task = line.partition(".")
         pages = about(setting, contents)
-        found = [[paired(column, kind, pages) for kind in kinds.split()] for column in columns]
+        found = [[paired(column, kind, task, pages) for kind in kinds.split()] for column in columns]
         values = [view for cell in found for view, _ in cell]
         if not any(values):
-            raise ValueError(f"{setting} has none of these rows")
+            raise ValueError(f"{line} has none of these rows")
         stars = ["" if together or not view else "\\*" for (view, together), *_ in found]
         cells = [" / ".join(told(view) for view, _ in cell if view) or "–" for cell in found]
-        lines.append(f"| [{setting}]({setting}.md) | {many(values)} | {' | '.join(map(str.__add__, cells, stars))} |")
+        lines.append(f"| [{line}]({setting}.md) | {many(values)} | {' | '.join(map(str.__add__, cells, stars))} |")
     return "\n".join(lines)
 
 
-def paired(rows: str, kind: str, pages: Sequence[Mapping[str, Any]]) -> tuple[list[float], bool]:
+def paired(rows: str, kind: str, task: str, pages: Sequence[Mapping[str, Any]]) -> tuple[list[float], bool]:
     """By seed, what a row is above another, and whether one page has both: that with most seeds, else two pages."""
     row, minus = rows.split(" - ")
     found = [
-        (differences(scores(one["rows"][row], kind, None), scores(two["rows"][minus], kind, None)), one is two)
+        (differences(scores(one["rows"][row], kind, task), scores(two["rows"][minus], kind, task)), one is two)
         for one in pages
         for two in pages
         if row in one["rows"] and minus in two["rows"]
@@ -188,18 +166,6 @@ def of(content: Mapping[str, Any]) -> str | None:
     """The setting of a comparison; none where it is not of the suite."""
     words: list[str] = content["command"].split()
     return words[2] if words[1] == "suite" else None
-
-
-def gain(row: str, kind: str, task: str, pages: Sequence[Mapping[str, Any]]) -> list[float]:
-    """By seed, what a row is above training alone; empty where no page has both."""
-    found: list[tuple[bool, list[float]]] = [(False, [])]
-    for content in pages:
-        rows = content["rows"]
-        for alone in {judge(content, row), ALONE} - {row}:
-            if row in rows and alone in rows:
-                own, its = (scores(rows[name], kind, task) for name in (row, alone))
-                found.append((alone != ALONE, differences(own, its)))
-    return max(found, key=lambda one: (one[0] and bool(one[1]), len(one[1])))[1]
 
 
 def told(values: Sequence[float]) -> str:

@@ -21,7 +21,7 @@ ASIDE = {
 Row = list[float]
 
 
-def page(setting: str, alone: str | None = None, **rows: Row) -> dict[str, Any]:
+def page(setting: str, **rows: Row) -> dict[str, Any]:
     """A comparison whose rows have these accuracies, by seed."""
     return {
         "command": f"fedloom suite {setting} --seeds 0-9",
@@ -36,7 +36,6 @@ def page(setting: str, alone: str | None = None, **rows: Row) -> dict[str, Any]:
                     for seed, value in enumerate(values)
                 },
                 "summary": {"bytes_up": {"mean": 1e6 / len(name)}},
-                "alone": alone,
             }
             for name, values in rows.items()
         },
@@ -45,7 +44,7 @@ def page(setting: str, alone: str | None = None, **rows: Row) -> dict[str, Any]:
 
 CONTENTS = {
     "a": page("a", local=[0.5, 0.6, 0.4], fedavg=[0.55, 0.7, 0.5, 0.9]),
-    "a-more": page("a", "local-lora", local_lora=[0.5, 0.5], local=[0.1, 0.2], fedavg_lora=[0.75, 0.5]),
+    "a-more": page("a", local_lora=[0.5, 0.5], local=[0.1, 0.2], fedavg_lora=[0.75, 0.5]),
 }
 
 
@@ -66,13 +65,6 @@ def test_a_difference_is_over_the_seeds_that_both_rows_have() -> None:
     assert filled("{sent a: fedavg / local}", CONTENTS) == "0.83"
 
 
-def test_a_table_judges_a_row_by_its_own_adapter_and_by_the_page_with_most_seeds() -> None:
-    made = filled("{gains own of a by fedavg, fedpia | fedavg-lora, fedpia}", CONTENTS).splitlines()
-    assert made[0] == "| setting | seeds | fedavg | fedpia / fedavg-lora | fedpia |"
-    lora = f"+12.5 ± {half(25, 0):.1f}"
-    assert made[2] == f"| [a](a.md) | 2 to 3 | **+8.3 ± {half(5, 10, 10):.1f}** | {lora} | – |"
-
-
 def test_a_pair_is_of_one_page_where_one_has_both_rows_and_of_two_with_a_star() -> None:
     made = filled("{pairs own all of a by fedavg - local, fedavg - local-lora, fedpia - local}", CONTENTS)
     head, _, line = made.splitlines()
@@ -81,6 +73,8 @@ def test_a_pair_is_of_one_page_where_one_has_both_rows_and_of_two_with_a_star() 
     two = f"{half(5, 20):.1f}"
     cells = f"**+8.3 ± {limits}** / **-8.3 ± {limits}** | +12.5 ± {two} / -12.5 ± {two}\\*"
     assert line == f"| [a](a.md) | 2 to 3 | {cells} | – |"
+    made = filled("{pairs all of a.accuracy by fedavg - local}", CONTENTS)
+    assert made.endswith(f"| [a.accuracy](a.md) | 3 | **-8.3 ± {limits}** |")
     pages = {
         "a": page("a", local=[0.5, 0.6, 0.4], there=[]),
         "a-more": page("a", local=[0.1, 0.2], row=[0.3, 0.5, 0.9], there=[0.7, 0.7, 0.5], other=[]),
@@ -107,8 +101,9 @@ def test_the_rows_on_each_side_of_one_are_named() -> None:
         "{everyone a: local}",
         "{own a}",
         "{sent a: fedavg / feddlp}",
-        "{gains own of b by fedavg}",
-        "{gains own of a}",
+        "{pairs own of b by fedavg - local}",
+        "{pairs own of a}",
+        "{pairs own of a.labels by fedavg - local}",
         "{pairs own of a by fedpia - local}",
         "{pairs own of a by fedavg}",
         "{below own a: local}",
@@ -126,6 +121,6 @@ def test_no_figure_of_a_comparison_is_typed() -> None:
 
 def test_every_setting_of_the_suite_stands_beside_training_alone() -> None:
     settings = tomllib.loads((BENCHMARKS / "suite.toml").read_text("utf-8"))["settings"]
-    tables = re.findall(r"\{gains own\s+of\s(.+?)\sby\s", FOUND, re.DOTALL)
+    tables = re.findall(r"\{pairs own\s+of\s(.+?)\sby\slinear-probe - local,", FOUND, re.DOTALL)
     told = {named.partition(".")[0] for table in tables for named in re.split(r",\s+", table)}
     assert told == settings.keys() - ASIDE
