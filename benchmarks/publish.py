@@ -217,8 +217,8 @@ def index() -> str:
         "",
         "p is of a stricter test, which the protocol does not name and which was added later: all signs of the paired "
         "differences from the margin flipped, of secondary endpoints by Holm over all that the protocol names. It can "
-        "give no p below 0.06 at five seeds, nor Holm one below 0.31 (FedPIA) or 0.62 (FedDLP) while all endpoints of a "
-        "method have five, whatever was measured; where some have more, the seeds went on.",
+        "give no p below 0.06 at five seeds, nor Holm one below 0.31 (FedPIA) or 0.62 (FedDLP) while all endpoints of "
+        "a method have five, whatever was measured; where some have more, the seeds went on.",
         "",
         f"Where an interval holds zero and the margin, the protocol goes on from {FIRST} seeds by two, up to {LAST}; "
         "open are those where processor time ended before. Of looking more than once the intervals know nothing: each "
