@@ -4,6 +4,7 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ from PIL import Image
 from torch.testing import assert_close
 
 import fedloom as package
+from fedloom import views
 from fedloom.data import Dataset, Example
+from fedloom.methods import FedAvg
 from fedloom.tasks import VQA, Classification, Detection, Ranking
-from fedloom.tensors import generator
+from fedloom.tensors import Private, Shared, generator
 from fedloom.views import balanced
 
 Fedloom = Callable[..., tuple[int, str, str]]
@@ -269,3 +272,16 @@ def test_a_metric_that_is_undefined_for_all_labels_is_no_number() -> None:
     assert balanced(task, torch.full((2, 3), -1.0), nothing) is None
     assert balanced(task, torch.full((2, 3), 1.0), nothing) == 0
     assert balanced(VQA(COLOURS), torch.empty(0, 3), Dataset(())) is None
+
+
+def test_a_site_is_asked_about_all_labels_and_about_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows red and green, and gets one red of two right, both greens, and no blue, as it cannot say so."""
+    red, green = [1.0, 0.0], [0.0, 1.0]
+    monkeypatch.setattr(views, "predict", lambda *_: torch.tensor([red, green, green, green, red, red]))
+    pool = Dataset(tuple(Example(colour, text=f"{colour} {i}") for colour in COLOURS for i in (1, 2)))
+    own = SimpleNamespace(site=SimpleNamespace(task=VQA(COLOURS[:2])))
+    found = views.spread(FedAvg(), own, Shared({}), Private({}), pool, VQA(COLOURS))
+    assert found == pytest.approx({"value": (0.5 + 1 + 0) / 3, "examples": 6, "own_labels": (0.5 + 1) / 2})
+    knows_all = {"value": 0.6, "examples": 6}
+    assert views.summarised([found, knows_all])["own_labels"] == pytest.approx((0.75 + 0.6) / 2)
+    assert "own_labels" not in views.summarised([knows_all])

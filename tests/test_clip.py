@@ -182,7 +182,7 @@ def test_places(network: Network) -> None:
     for family, top in ((clip, {"projection"}), (siglip, set())):
         for tower in BOTH:
             own = [place for place in family.places if place.tower == tower]
-            above = top | ({"features"} if tower == "vision" else set())
+            above = top | {"features" if tower == "vision" else "words"}
             assert {place.layer for place in own} == layers | above
             assert len(own) == 3 * len(layers) + len(above)
     heights = {place.name: place.height for place in clip.places}
@@ -192,6 +192,7 @@ def test_places(network: Network) -> None:
     assert Place("vision.top.features", "features", 24, 24, 0) in clip.places
     assert Place("vision.1.fc1", "linear", 32, 48, 2) in clip.places
     assert Place("text.top.projection", "linear", 32, 24, 0) in clip.places
+    assert Place("text.words", "words", 32, 32, 4) in clip.places
     assert not any(place.tower == "text" for place in network().places)
 
 

@@ -348,7 +348,9 @@ def test_a_lora_is_judged_against_a_lora_and_what_was_counted_stays(short: Path,
 
 
 def test_a_damaged_comparison_is_one_sentence(fedloom: Fedloom, short: Path, tmp_path: Path) -> None:
-    for text in ('{"recipe": ', "[]", "{}"):
+    whole = {"recipe": "", "rows": {}, "seeds": [], "differences": []}
+    broken = ({"rows": {"local": 3}}, {"rows": [1]}, {"seeds": None}, {"tuning": 3}, {"target": [1]})
+    for text in ('{"recipe": ', "[]", "{}", *(json.dumps(whole | one) for one in broken)):
         (tmp_path / "comparison.json").write_text(text)
         code, _, err = fedloom("compare", short, "--methods", "local", "--out", tmp_path, "--resume")
         assert (code, err.count("\n")) == (2, 1)

@@ -49,6 +49,31 @@ def test_a_site_that_loses_is_named_and_red(compared: Comparison) -> None:
     assert "! better alone than under fedavg: <b>&" in comparison_table(compared)
 
 
+def test_what_sites_make_of_labels_that_they_know_is_a_block_of_its_own() -> None:
+    def asked(all_labels: float, own: float) -> Cell:
+        one = cell((0.5, 0.6), 100)
+        more = {"global.accuracy.mean": all_labels, "global.accuracy.worst": 0.0, "global.accuracy.own_labels": own}
+        return Cell({**one.figures, **more}, one.sites, one.rounds, one.seconds)
+
+    rows: dict[str, dict[int, Cell | str]] = {"local": {0: asked(0.2, 0.4)}, "fedavg": {0: asked(0.3, 0.65)}}
+    compared = summarised(rows, (0,))
+    text = re.sub(" +", " ", comparison_table(compared))
+    assert "global.accuracy.own_labels\n local 40.0 (one seed: no interval)\n fedavg 65.0" in text
+    assert "local - fedavg -25.0 (one seed: no interval)" in text.partition("own_labels")[2]
+    html = compared_page(content(compared), "squares")
+    assert re.findall("<h2>(.*) view(.*)</h2>", html) == [("Personal", ""), ("Global", ""), ("Global", ", own labels")]
+    block = html.partition("view, own labels</h2>")[2].partition("</table>")[0]
+    assert re.findall('<th scope="col" class="n long">(.*?)</th>', block) == ["mean", "vs local-only"]
+    assert re.findall('<td class="n.*?>(.*?)</td>', block) == ["40.0", "", "65.0", "+25.0"]
+
+
+def test_the_legend_names_the_rows_that_have_a_line() -> None:
+    still = Cell(cell((0.5, 0.6), 0).figures, {}, [])  # pooled training has no rounds
+    html = compared_page(content(summarised({"local": {0: cell((0.5, 0.6), 100)}, "pooled": {0: still}}, (0,))), "s")
+    legends = re.findall('<p class="legend">(.*?)</p>', html, re.DOTALL)
+    assert [re.findall("</svg>(.*?)</span>", legend) for legend in legends if "key" in legend] == [["local-only"]] * 2
+
+
 def test_nobody_is_red_where_there_is_nothing_to_lose_against(compared: Comparison) -> None:
     rows: dict[str, dict[int, Cell | str]] = {"fedavg": {0: cell((0.70, 0.55), 9000)}}
     alone = summarised(rows, (0,))

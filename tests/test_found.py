@@ -16,6 +16,7 @@ ASIDE = {
     "caltech-wire",
     "caltech-dirichlet-wire",
     "caltech-dirichlet-shared",
+    "medclip-dirichlet-wider",
 }  # one question of their own
 
 Row = list[float]
@@ -82,6 +83,11 @@ def test_a_pair_is_of_one_page_where_one_has_both_rows_and_of_two_with_a_star() 
     }
     made = filled("{pairs own of a by row - local, there - gone, other - there}", pages).splitlines()[2]
     assert made == f"| [a](a.md) | 2 | +25.0 ± {half(20, 30):.1f} | – | +0.0 ± {half(-10, 10):.1f}\\* |"
+    pages["a-costs"] = page("a", row=[0.3], local=[0.1], once=[0.2])  # of one seed: where nothing else has both
+    pages["a-row"] = page("a", row=[0.3, 0.5])
+    del pages["a-more"]
+    made = filled("{pairs own of a by row - local, once - row}", pages).splitlines()[2]
+    assert made == f"| [a](a.md) | 1 to 2 | -15.0 ± {half(-20, -10):.1f}\\* | -10.0 (one seed) |"
 
 
 def test_the_rows_on_each_side_of_one_are_named() -> None:

@@ -423,6 +423,9 @@ def test_a_method_of_ones_own_is_found_or_missed_by_name(small: Path) -> None:
         "method 'no_such.package:Method' in [method] of mine.toml cannot be imported "
         "(ModuleNotFoundError: No module named 'no_such'); is it installed, or on PYTHONPATH?"
     )
+    assert "in [method] of mine.toml (row 'crash') cannot be imported" in refusal(
+        small, ["compare.crash.method.name=no_such.package:Method"]
+    )
     assert "AttributeError" in refusal(small, [f"method.name={__name__}:Toi"])
     assert "is not a dataclass" in refusal(small, ["method.name=pathlib:Path"])
     assert refusal(small, [f"method.name={TOY}", "method.preset=papre"]) == (

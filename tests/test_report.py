@@ -152,6 +152,13 @@ def test_silence_cost_and_views_that_are_not_there_are_said() -> None:
     assert "4 rounds in 2 min 10 s; 2.2 MB up, 1.0 kB down" in text
     assert "newcomer view left out: every site took part." in text
     assert "mean, global view 40.5 44.0 48.0" in text
+    assert "own labels" not in text
+    views = SUMMARY["views"] | {"global": view({"a": 0.2})}
+    views["global"]["by_task"]["classification"]["own_labels"] = 0.7
+    known = {**SUMMARY, "views": views}
+    shown = " ".join(table(known).split())
+    assert "mean, global view 40.5 44.0 20.0 -20.5 -24.0 mean, own labels - - 70.0" in shown
+    assert re.search(r"global, own labels<br>.*of labels that it knows.*70\.0", page(known), re.DOTALL)
 
 
 @given(st.dictionaries(names, st.tuples(fractions, fractions), min_size=1, max_size=60), names)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedloom.adapters import IA3, Attention, BitFit, Bottleneck, Everything, Head, LoRA, Norms, Prompt
+from fedloom.adapters import IA3, Attention, BitFit, Bottleneck, Context, Everything, Head, LoRA, Norms, Prompt
 from fedloom.backbones.adaptable import Adaptable
 from fedloom.errors import RecipeError
 from fedloom.methods import (
@@ -95,11 +95,12 @@ METHODS = {
     "flora": FLoRA(LOW),
     "frozen": Frozen(),
     "full": FedAvg(Everything()),
+    "hlora": FlexLoRA(LOW),
     "linear-probe": FedAvg(Head(), heads="private"),
     "local-adapter": Local(Bottleneck()),
     "local-lora": Local(LOW),
     "majority": Majority(),
-    "promptfl": FedAvg(Prompt()),
+    "promptfl": FedAvg(Context()),
 }
 
 # And what it changes besides its method.
@@ -110,7 +111,7 @@ BESIDES: dict[str, dict[str, Any]] = {
     "frozen": {"federation.rounds": 1},
     "linear-probe": {"task.head": "linear"},
     "majority": {"federation.rounds": 1},
-    "promptfl": {"backbone.towers": ("text",)},  # CoOp's context is before the class names, not in the image
+    "promptfl": {"backbone.towers": ("text",), "task.template": "X X X X {}."},  # CoOp: words before the class names
 }
 
 # The last part of every tensor's name that is trained and averaged.
@@ -126,7 +127,7 @@ SENT = {
     "ffa-lora": {"q_proj/B", "v_proj/B"},
     "linear-probe": set[str](),
     "local-lora": set[str](),
-    "promptfl": {"block/tokens"},
+    "promptfl": {"words/tokens"},
 }
 
 

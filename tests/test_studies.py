@@ -417,6 +417,8 @@ def test_rows_that_were_wrong_are_withdrawn_and_run_anew() -> None:
     after = published(local=[0.5], feddat=[0.75, 0.5]) | tuned(local=0.1, feddat=0.2)
     with pytest.raises(SystemExit, match="another tuning of feddat"):
         joined(before, after)
+    of_one = {"training.lr": [0.1, 0.2], "rows": {"pooled": {"training.lr": [0.01]}}}  # no other row's grid
+    after["tuning"]["grid"] = of_one
     page = joined(without(before, ["feddat"]), after)
     assert {row: list(own["cells"].values())[-1]["personal.accuracy.mean"] for row, own in page["rows"].items()} == {
         "local": 0.25,

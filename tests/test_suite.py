@@ -108,7 +108,7 @@ REFUSED = {("vqamed-organ-baselines", "promptfl")}  # listed with its reason: qu
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_setting_is_whole(name: str):
-    assert SETTINGS[name].keys() - {"set"} == {"asks", "recipe", "rows", "views"}
+    assert SETTINGS[name].keys() - {"set", "tune"} == {"asks", "recipe", "rows", "views"}
     assert {"majority", "frozen", "linear-probe", "local"} <= set(SETTINGS[name]["rows"])
     recipe = setting(name)
     newcomers = any(part.data.newcomer for part in recipe.parts.values())
@@ -209,6 +209,27 @@ def test_the_suite_takes_other_weights(backbone: Path) -> None:
     ):  # a family's, if nothing nearer
         (one,) = settings(ROOT / "benchmarks" / "suite.toml", ["vqamed-merge"], others)
         assert one.recipe.backbone.name == str(backbone)
+    before = settings(ROOT / "benchmarks" / "suite.toml")
+    after = settings(ROOT / "benchmarks" / "suite.toml", (), {"vilt": str(backbone)})
+    assert [one.name for one in after] == [one.name for one in before if one.recipe.backbone.name == "vilt-small"]
+
+
+def test_a_setting_of_tuned_rows_is_tuned_unasked(fedloom: Any, recipe: Path, tmp_path: Path) -> None:
+    suite = tmp_path / "suite.toml"
+    suite.write_text(
+        f'[settings.squares]\nasks = "Tuned, is red red?"\nrecipe = "{recipe}"\nrows = ["local"]\ntune = true\n'
+        "set = { federation.rounds = 1, compare.tune.training.lr = [1e-4, 1e-1] }\n"
+    )
+    code, _, err = fedloom("suite", "--file", suite, "--out", tmp_path / "out", "--seeds", "0-0")
+    assert code == 0, err
+    saved = json.loads((tmp_path / "out" / "squares" / "comparison.json").read_text())
+    assert saved["tuning"]["rows"]["local"]["points"] == 2
+
+
+def test_the_whole_suite_in_bfloat16_still_compares_it_with_float32() -> None:
+    (one,) = settings(ROOT / "benchmarks" / "suite.toml", ["caltech-bf16"], {}, ["backbone.dtype=bfloat16"])
+    dtypes = [one.recipe.row(row).backbone.dtype for row in ("fedavg", "fedavg-bf16")]
+    assert dtypes == ["float32", "bfloat16"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Tuning: the same points for every row, judged without a test split, and the best one used by the row's cells."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fedloom.endpoints import Protocol
 from fedloom.errors import RecipeError, RunError
 from fedloom.events import Event
 from fedloom.recipe import Recipe, load
+from fedloom.report import comparison_table
 from fedloom.tuning import SEEDS, grid_of, held_out, points, tuned
 
 GRID = {"training.lr": [1e-12, 0.01]}
@@ -138,6 +140,8 @@ def test_a_row_may_have_a_grid_of_its_own(short: Recipe, tmp_path: Path, monkeyp
     assert found.tuning["rows"]["fedprox"]["choice"] == {"method.mu": 1.0, "training.lr": 0.3}
     assert any("points to tune by: local 2, fedprox 2" in said for said in noted)
     assert "2 points" in (tmp_path / "c" / "comparison.html").read_text()
+    shown = comparison_table(found).partition(f"chosen on seeds {SEEDS[0]} and {SEEDS[1]}, ")[2]
+    assert re.search(r"^  fedprox +training.lr = 0.3, method.mu = 1.0, of 2 points$", shown, re.MULTILINE)
     again = compare(own, ("local", "fedprox"), [0], tmp_path / "c", True, ignore, grid=grid)
     assert again.tuning == found.tuning
     with pytest.raises(RecipeError, match=r"a row that there is not; did you mean 'fedprox'\?"):

@@ -1,6 +1,7 @@
 """Adapters that multiply what a layer returns, and positions that stand in a block's sequence, in CLIP and ViLT."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedloom.adapters import IA3, Attention, Head, LoRA, Prompt
+from fedloom.adapters import IA3, Attention, Context, Head, LoRA, Prompt
 from fedloom.backbones import Adaptable, Batch
 from fedloom.backbones.vilt import ViLT
 from fedloom.errors import AdapterError
@@ -106,6 +107,42 @@ def test_prompts_are_seen_by_every_word(network: Make, batch: Batch, family: str
     found = grads(model, batch, adapter, drawn(model, adapter))
     assert {name.partition(".")[0] for name in found} == set(BOTH)
     assert all(bool((g.abs().sum(1) > 0).all()) for g in found.values())
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_learned_words_are_words_that_a_vocabulary_might_have(network: Make, batch: Batch, family: str) -> None:
+    model, adapter = Adaptable(network(family, ("text",))), Context(3)
+    tensors = drawn(model, adapter)
+    assert {name: t.shape for name, t in tensors.items()} == {"text.words/tokens": (3, 32)}
+    spoken = replace(batch, candidates=("a photo of a cat.", "a photo of a big dog."))
+    got = model(spoken, adapter, tensors).scores
+    other = network(family)
+    tokens, start = other._tokens(spoken.candidates), int(family == "clip")  # CLIP's begin with a token of their own
+    ids = tokens["input_ids"].clone()
+    vocabulary = other.module.text_model.embeddings.token_embedding.weight
+    unused = torch.tensor([i for i in range(len(vocabulary)) if i not in ids][:3])
+    vocabulary.data[unused] = tensors["text.words/tokens"]
+    ids[:, start : start + 3] = unused
+    texts = other.module.get_text_features(**{**tokens, "input_ids": ids}).pooler_output
+    x = model(batch, Head(), {}).pooled
+    cosines = F.normalize(x, dim=1) @ F.normalize(texts, dim=1).T
+    bias = other.module.logit_bias if family == "siglip" else 0.0
+    torch.testing.assert_close(got, cosines * other.module.logit_scale.exp() + bias)
+    plain = model(spoken, Head(), {}).scores
+    assert plain is not None
+    assert apart(got, plain) > 1e-3
+    found = grads(model, spoken, adapter, tensors)
+    assert bool((found["text.words/tokens"].abs().sum(1) > 0).all())
+    assert model.frozen_blocks(adapter) == 3  # images can be kept
+
+
+@pytest.mark.parametrize("texts", [("a photo of a cat.", "a dog"), ("a", "a")])
+def test_learned_words_stand_in_place_of_common_ones(network: Make, batch: Batch, texts: tuple[str, ...]) -> None:
+    model, adapter = Adaptable(network("clip", ("text",))), Context(4)
+    with pytest.raises(AdapterError, match=r"the same 4 words, .* as in 'X X X X \{\}.'"):
+        model(replace(batch, candidates=texts), adapter, drawn(model, adapter))
+    with pytest.raises(AdapterError, match="finds no place"):
+        Adaptable(network()).init(adapter, 0)
 
 
 @pytest.mark.parametrize("adapter", [Prompt(2), IA3(), Attention()], ids=str)

@@ -1,5 +1,7 @@
 """Rules that are exact are told so, and the faults of published programs, put into them by hand, are caught."""
 
+import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +15,7 @@ from fedloom.adapters import Everything, LoRA
 from fedloom.errors import LawError, MethodError, RecipeError, UpdateError
 from fedloom.finding import table
 from fedloom.lowrank import Factors
-from fedloom.methods import FedAvg, FedDLP, FedExLoRA, FedPIA, FlexLoRA, FLoRA, Method, Partial
+from fedloom.methods import FedAvg, FedDLP, FedExLoRA, FedPIA, FlexLoRA, FLoRA, Method, Partial, Scaffold
 from fedloom.site import Answer
 from fedloom.tensors import Shared, at, under, without
 from fedloom.verify import Rule, assert_aggregation, findings, mean_of_products, named, told
@@ -353,3 +355,47 @@ def test_the_command(fedloom: Callable[..., tuple[int, str, str]]) -> None:
     assert code == 2
     assert "--ranks is 'two'" in err
     assert package.assert_aggregation is assert_aggregation
+
+
+def test_what_steers_training_is_no_factor() -> None:
+    """SCAFFOLD's control variates end in A and B as the factors do, and it merges those as FedAvg does."""
+    later = {
+        type(method): next(finding for finding in findings(method) if finding.name == "later rounds")
+        for method in (FedAvg(), Scaffold())
+    }
+    assert later[Scaffold].error == pytest.approx(later[FedAvg].error)
+
+
+# By row: what its docstring says of each check, as it says it.
+STATED = {
+    "fedavg": {
+        "mean of products": "74 %",
+        "permuted units": "55,",
+        "rotated units": "69 and",
+        "scaled units": "31 %",
+    },
+    "fedavgm": {"mean of products": "(0.74", "later rounds": "(1.80"},
+    "fedadam": {"one site": "error of 1.00"},
+    "fedpia": {
+        "mean of products": "0.93",
+        "later rounds": "0.79",
+        "unequal ranks": "1.00",
+        "permuted units": "0.12",
+        "rotated units": "0.11",
+        "scaled units": "0.16",
+    },
+    "ensemble-distilled": {"mean of products": "(0.74"},
+    "feddlp": {"mean of products": "0.74"},
+}
+
+
+@pytest.mark.parametrize("row", STATED)
+def test_a_docstring_states_the_error_that_is_found(row: str) -> None:
+    method = named(row)
+    doc = sys.modules[type(method).__module__].__doc__ or ""
+    found = {finding.name: finding.error for finding in findings(method)}
+    for check, said in STATED[row].items():
+        assert said in doc, check
+        figure = re.sub(r"[^0-9.]", "", said)
+        error = found[check] if "." in figure else 100 * found[check]
+        assert f"{error:.{2 if '.' in figure else 0}f}" == figure, check

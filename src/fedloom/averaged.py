@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedloom.adapters import IA3, Head
+from fedloom.backbones.clip import TOWERS
 from fedloom.check.tiny import federation
 from fedloom.errors import FedloomError, MethodError
 from fedloom.federation import visible
@@ -27,7 +28,7 @@ def averages(method: Method, seed: int = 0) -> list[Finding]:
 
     raises MethodError: nothing of an adapter or a head is sent
     """
-    site = federation()[0]
+    site = federation(towers=TOWERS)[0]  # learned words are in the text tower alone
     shared = started(method, site, SITES)
     sent = without("given", without("control", visible(shared)))
     if not sent:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from fedloom.errors import AdapterError, BackboneError, FedloomError, MethodError, RecipeError
 from fedloom.events import Event, Note, Watch
 from fedloom.recipe import Recipe
-from fedloom.report.result import STATISTICS, held_out_means
+from fedloom.report.result import OWN_LABELS, STATISTICS, held_out_means
 from fedloom.runs import Run, run
 from fedloom.store import Store
 
@@ -53,7 +53,8 @@ def figures(summary: Mapping[str, Any]) -> dict[str, float]:
         for view, content in summary["views"].items()
         if content is not None
         for task, values in content["by_task"].items()
-        for statistic in STATISTICS
+        for statistic in (*STATISTICS, OWN_LABELS)
+        if statistic in values
     }
     return found | {"bytes_up": summary["bytes_up"], "bytes_down": summary["bytes_down"]}
 

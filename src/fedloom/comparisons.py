@@ -131,7 +131,9 @@ def _costs(recipe: Recipe, watch: Watch) -> Mapping[str, Any]:
         return {"flops": counted.flops_training, "trained": counted.trained[1]}
 
     found = attempt(count, recipe, Path(), watch)
-    return {"uncounted": found} if isinstance(found, str) else found
+    if isinstance(found, str):  # its figures may well be there: pooled training has no rounds that a step is counted of
+        return {"uncounted": found.replace("cannot run", "cannot be counted", 1)}
+    return found
 
 
 def target_of(text: str | None) -> Target:

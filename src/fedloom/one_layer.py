@@ -20,7 +20,7 @@ from fedloom.places import Place
 from fedloom.quiet import quiet
 from fedloom.site import Answer, Site, Update
 from fedloom.tasks import Ranking
-from fedloom.tensors import Private, Shared, Tensors, generator, under, without
+from fedloom.tensors import Private, Shared, Tensors, generator, of_model, under, without
 from fedloom.training import Training
 
 Rule: TypeAlias = Callable[[Tensor, Sequence[Factors], Sequence[float], float], Tensor]  # W, (B, A), p, α/r -> W'
@@ -101,7 +101,7 @@ def untrained(own: Method, site: Site, shared: Shared) -> Factors:
     """What a site without private state answers with that has learnt nothing: the factors that it starts from."""
     with quiet():  # of a site that holds nothing out
         update, _ = own.local_round(1, site, visible(shared), Private({}))
-    leaves = {name.rpartition("/")[2]: t for name, t in {**under("given", shared), **update.tensors}.items()}
+    leaves = {name.rpartition("/")[2]: t for name, t in {**under("given", shared), **of_model(update.tensors)}.items()}
     return leaves["B"], leaves["A"]
 
 

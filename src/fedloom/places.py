@@ -2,7 +2,7 @@
 
 A backbone says where one may go (`Place`), the adapter says where it wants to (`at`), and `backbones.adaptable` puts it
 there. `Added` adapters add to what a layer returns, `Scaled` ones multiply it, `Inserted` ones are positions that stand
-in a block's sequence while it runs; `Replaced` ones stand in for the model's own parameters.
+in a block's sequence while it runs, or in place of words; `Replaced` ones stand in for the model's own parameters.
 """
 
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ class Place:
     """Where an adapter reads and where its result goes.
 
     A `linear` place reads a layer's input and adds to its output; a `block` place reads a residual stream and adds
-    to it; a `features` place does so with a tower's pooled features.
+    to it; a `features` place does so with a tower's pooled features. A `words` place is where words are embedded.
     """
 
     name: str
-    kind: Literal["linear", "block", "features"]
+    kind: Literal["linear", "block", "features", "words"]
     in_dim: int
     out_dim: int
     height: int  # blocks of its tower from here up, this one counted: 1 in the last block, 0 above it
@@ -78,10 +78,11 @@ class Scaled(Protocol):
 
 @runtime_checkable
 class Inserted(Protocol):
-    """Positions that stand before all others in a block's sequence while it runs, and leave it after."""
+    """Positions that stand before all others in a block's sequence while it runs, and leave it after; at a `words`
+    place, in place of the first words of every text."""
 
     def at(self, place: Place) -> bool:
-        """Whether it goes there, a block."""
+        """Whether it goes there, a block or words."""
 
     def init(self, place: Place, rng: Generator) -> Tensors:
         """Fresh tensors for one place, by leaf."""

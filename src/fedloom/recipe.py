@@ -115,8 +115,8 @@ class Recipe:
         if name not in self.rows:
             raise RecipeError(f"there is no row '{name}' in [compare] of {self.file}{guess(name, self.rows)}")
         change = {key: value for key, value in self.rows[name].items() if key != "task" or self.task}
-        table = _altered(self.table(), change, self.file)
-        return _recipe({**table, "compare": {}}, f"{self.file} (row '{name}')")
+        file = f"{self.file} (row '{name}')"
+        return _recipe({**_altered(self.table(), change, file), "compare": {}}, file)
 
     def _counted(self) -> dict[str, str]:
         # A wire that does nothing is not counted, so that what was run before there were wires keeps its id.

@@ -63,13 +63,14 @@ ROWS: Mapping[str, Table] = {
     "flora": {"method": {"name": "flora", "adapter": {"kind": "lora"}}},
     "frozen": {"method": {"name": "frozen"}, "federation": {"rounds": 1}},
     "full": {"method": {"name": "fedavg", "adapter": {"kind": "everything"}}},
+    "hlora": {"method": {"name": "flexlora", "adapter": {"kind": "lora"}}},  # one rule, published under two names
     "linear-probe": {"method": {"name": "fedavg", "adapter": {"kind": "head"}}, "task": {"head": "linear"}},
     "local-adapter": {"method": {"name": "local", "adapter": {"kind": "bottleneck"}}},
     "local-lora": {"method": {"name": "local", "adapter": {"kind": "lora"}}},
     "majority": {"method": {"name": "majority"}, "federation": {"rounds": 1}},
     "promptfl": {
-        "method": {"name": "fedavg", "adapter": {"kind": "prompt"}},
+        "method": {"name": "fedavg", "adapter": {"kind": "context"}},
         "backbone": {"towers": ["text"]},
-        "task": {"head": "prompts"},
+        "task": {"head": "prompts", "template": "X X X X {}."},
     },
 }

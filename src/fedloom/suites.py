@@ -29,6 +29,7 @@ class Setting:
     asks: str
     recipe: Recipe
     rows: tuple[str, ...]
+    tune: bool = False  # its question is asked of rows that are tuned: they are, also where nobody asks for it
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,14 @@ class _Said:
     recipe: str
     rows: tuple[str, ...]
     views: tuple[str, ...] = ()
+    tune: bool = False
     set: Table = field(default_factory=dict)
 
 
 def settings(
     file: Path = FILE, names: Sequence[str] = (), backbones: Mapping[str, str] | None = None, overrides: Overrides = ()
 ) -> list[Setting]:
-    """The settings of these names, or all.
+    """The settings of these names, or all; with other weights and no names, all whose backbone those replace.
 
     backbones: other weights for a backbone that the recipes name, or for a family's: {"vilt": "dandelin/vilt-b32-mlm"}
     overrides: of every setting's recipe, as `recipe.load` takes them
@@ -69,7 +71,11 @@ def settings(
     for name in others:
         if name not in have and name not in map(_family, have):
             raise RecipeError(f"no setting that was asked for has the backbone '{name}'; there is {', '.join(have)}.")
-    return [_on(setting, others, overrides) for setting in found]
+    return [
+        _on(setting, others, overrides)
+        for setting in found
+        if names or not others or {setting.recipe.backbone.name, _family(setting.recipe.backbone.name)} & others.keys()
+    ]
 
 
 def run(
@@ -128,7 +134,7 @@ def seeds_of(text: str) -> list[int]:
 
 
 def _setting(name: str, said: _Said) -> Setting:
-    return Setting(name, said.asks, load(said.recipe, said.set), said.rows)
+    return Setting(name, said.asks, load(said.recipe, said.set), said.rows, said.tune)
 
 
 def _family(backbone: str) -> str:

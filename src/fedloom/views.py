@@ -109,18 +109,23 @@ def balanced(task: Task, logits: Tensor, dataset: Dataset) -> float | None:
 
 
 def summarised(rows: Iterable[Row]) -> dict[str, float]:
-    """Over sites: mean, mean weighted by examples, standard deviation (n), worst, and mean of the worst fifth."""
+    """Over sites: mean, mean weighted by examples, standard deviation (n), worst, and mean of the worst fifth; the mean
+    over labels that a site knows, where some site does not know all."""
     listed = list(rows)
     scores = torch.tensor([row["value"] for row in listed], dtype=torch.float64)
     examples = torch.tensor([row["examples"] for row in listed], dtype=torch.float64)
     fifth = scores.sort().values[: max(1, round(len(scores) / 5))]
-    return {
+    found = {
         "mean": float(scores.mean()),
         "weighted_mean": float((scores * examples).sum() / examples.sum()),
         "std": float(scores.std(correction=0)),
         "worst": float(scores.min()),
         "worst_fifth": float(fifth.mean()),
     }
+    if any("own_labels" in row for row in listed):
+        known = torch.tensor([row.get("own_labels", row["value"]) for row in listed], dtype=torch.float64)
+        found["own_labels"] = float(known.mean())
+    return found
 
 
 def pooled(federation: Federation, group: str) -> Dataset:

@@ -50,9 +50,12 @@ class Adaptable:
         self._insert: Insert | None = None
         for place, module in network.places.items():
             module.register_forward_hook(self._hook(place))
-        for place, block in network.sequences.items():
-            block.register_forward_pre_hook(self._entering(place), with_kwargs=True)
-            block.register_forward_hook(self._leaving(place))
+        for place, module in network.sequences.items():
+            if place.kind == "words":
+                module.register_forward_hook(self._worded(place))
+                continue
+            module.register_forward_pre_hook(self._entering(place), with_kwargs=True)
+            module.register_forward_hook(self._leaving(place))
         self._wrapped = _Wrapped(network)
         self._paths = {module: name for name, module in network.module.named_modules()}
         # Where in the Hugging Face model a linear place or a block place is.
@@ -223,6 +226,21 @@ class Adaptable:
 
         return hook
 
+    def _worded(self, place: Place) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+            words = None if self._insert is None else self._insert(place)
+            if words is None:
+                return out
+            n = len(words)
+            if not (torch.compiler.is_exporting() or _begin_alike(out, n)):
+                raise AdapterError(
+                    f"the texts do not all begin with the same {n} words, in place of which {n} are learned: begin the "
+                    f"task's template with as many, as in '{'X ' * n}{{}}.'"
+                )
+            return torch.cat([words.to(out.dtype).expand(len(out), -1, -1), out[:, n:]], 1)
+
+        return hook
+
     @contextlib.contextmanager
     def _using(self, use: Use | None, insert: Insert | None = None, short: bool = False) -> Iterator[None]:
         before = self._use, self._insert, self.network.short
@@ -277,6 +295,12 @@ def _seen(mask: Any, n: int) -> Any:
     if not (isinstance(mask, Tensor) and mask.dim() == 4):
         return mask
     return F.pad(mask, (n, 0, n, 0), value=float(mask.dtype == torch.bool))
+
+
+def _begin_alike(words: Tensor, n: int) -> bool:
+    """Whether all texts have n words, and the same ones."""
+    first = words[:, :n]
+    return first.shape[1] == n and torch.equal(first, first[:1].expand_as(first))
 
 
 class _Wrapped(nn.Module):

@@ -3,7 +3,7 @@
 Either tower can be adapted, or both. Images are scored against candidate texts; the features of candidates are kept
 while the text tower is frozen. Linear places are each block's q_proj, k_proj, v_proj, out_proj, fc1, fc2, and above
 the blocks `projection` (CLIP); block places are the residual stream after each block; the features place is the pooled
-image features.
+image features; the words place the embeddings of a text's words, after the token that begins it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -51,10 +51,15 @@ class CLIP:
         self.sequences: Mapping[Place, nn.Module] = {
             place: block for place, block in self.places.items() if place.kind == "block"
         }
-        self._pooled = Junction()
+        self._pooled, self._words = Junction(), Junction()
         if "vision" in self.towers:
             top = Place("vision.top.features", "features", self.dim, self.dim, 0)
             self.places = {**self.places, top: self._pooled}
+        if "text" in self.towers:
+            text = self.module.text_model
+            words = Place("text.words", "words", (d := text.config.hidden_size), d, len(text.encoder.layers) + 1)
+            self.places, self.sequences = ({**known, words: self._words} for known in (self.places, self.sequences))
+            text.embeddings.token_embedding.register_forward_hook(self._read)
         self.adapted: Sequence[nn.Module] = [part for tower in self.towers for part in parts[tower] if part is not None]
         self._tokens = lru_cache(CANDIDATES_KEPT)(self._tokenise)
         self._frozen_candidates = lru_cache(CANDIDATES_KEPT)(torch.no_grad()(self._text))
@@ -119,6 +124,10 @@ class CLIP:
         else:
             pooled = self.module.visual_projection(vision.post_layernorm(hidden[:, 0])).float()
         return self._pooled(pooled, pooled)  # type: ignore[no-any-return]
+
+    def _read(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        start = 0 if self.siglip else 1
+        return torch.cat([out[:, :start], self._words(out[:, start:], out[:, start:])], 1)
 
     def _text(self, texts: tuple[str, ...]) -> Tensor:
         return self.module.get_text_features(**self._tokens(texts)).pooler_output.float()  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ class Network(Protocol):
     processor: Sequence[Any]  # of pictures and of words, as transformers saves them
     dim: int  # of Features.pooled
     places: Mapping[Place, nn.Module]  # where added adapters may go, in the towers that are adapted
-    sequences: Mapping[Place, nn.Module]  # whole blocks, by their block place, where positions may be inserted
+    sequences: Mapping[Place, nn.Module]  # where positions may be inserted: whole blocks, and the words of texts
     adapted: Sequence[nn.Module]  # the modules whose parameters replaced adapters may take
     fuses: bool  # whether it reads an image and a text together, or one of the two
     trunk: str  # the tower whose prefix can be cached

@@ -2,6 +2,7 @@
 
 import string
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,13 +21,14 @@ SIZES = ((5, 2), (3, 1), (4, 2), (1, 0))  # training and held-out examples of ea
 COLOURS = Classification(("red", "green", "blue"), head="linear")
 
 
-def federation(*tasks: Task) -> tuple[Site, ...]:
+def federation(*tasks: Task, towers: Sequence[str] = ("vision",)) -> tuple[Site, ...]:
     """Four tiny sites on one tiny CLIP of random weights; unlike in size, the last with one example and nothing held
     out.
 
     tasks: dealt to the sites in turn; a classification of colours with a linear head where none is given
+    towers: which of them take adapters
     """
-    model = Adaptable(tiny_clip())
+    model = Adaptable(tiny_clip(towers))
     with tempfile.TemporaryDirectory() as folder:
         pixels = Pixels(Path(folder), model.network.decode)
         sites = []
@@ -50,7 +52,7 @@ def _example(folder: Path, task: Task, site: int, n: int) -> Example:
     return Example(task.labels[number], name)
 
 
-def tiny_clip() -> CLIP:
+def tiny_clip(towers: Sequence[str] = ("vision",)) -> CLIP:
     """A CLIP of two blocks of width 16 a tower, of random weights and a vocabulary of letters: no file is read."""
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
@@ -65,4 +67,5 @@ def tiny_clip() -> CLIP:
         torch.manual_seed(SEED)
         module = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
     images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    return CLIP(module, (images, CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])))
+    words = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
+    return CLIP(module, (images, words), towers)

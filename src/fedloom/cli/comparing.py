@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def compare(
     recipe: RecipeName,
     methods: Annotated[
-        str, typer.Option("--methods", metavar="A,B,...", help="Rows: methods, or names under [compare].")
+        str, typer.Option("--methods", metavar="A,B,...", help="Rows: methods, or names under \\[compare].")
     ],
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="How many, from 0 on.")] = 5,
     settings: Settings = None,
@@ -93,7 +93,11 @@ def suite(
     seeds: Annotated[str, typer.Option("--seeds", metavar="FIRST-LAST", help="Or a list: 0,3,7.")] = "0-9",
     backbone: Annotated[
         list[str] | None,
-        typer.Option("--backbone", metavar="NAME=FOLDER", help="Other weights for vilt-small, or vilt. Repeatable."),
+        typer.Option(
+            "--backbone",
+            metavar="NAME=FOLDER",
+            help="Other weights for vilt-small, or vilt: of all that have it, if no setting is named. Repeatable.",
+        ),
     ] = None,
     file: Annotated[Path | None, typer.Option("--file", metavar="FILE", help="Another suite.")] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where its cells are kept.")] = Path("runs/suite"),
@@ -114,7 +118,7 @@ def suite(
     asked, ran = parts(rows), False
     named = endpoints.protocol(protocol)
     hashes = {one.name: endpoints.stamp(named, one.name, protocol is not None) for one in chosen}
-    grids = {setting.name: tuning.grid_of(setting.recipe, named) for setting in chosen} if tune else {}
+    grids = {one.name: tuning.grid_of(one.recipe, named) for one in chosen if tune or one.tune}
     with watching() as watch:
         for setting, comparison in suites.run(
             *(chosen, asked, suites.seeds_of(seeds), out, watch, workers, target_of(target), grids, flops, hashes)

@@ -9,7 +9,7 @@ from fedloom.errors import RunError
 from fedloom.report import charts
 from fedloom.report.figures import counted, duration, listed, loses, one_line, size
 from fedloom.report.page import VIEWS, templates
-from fedloom.report.result import NAMES, STATISTICS
+from fedloom.report.result import NAMES, OWN_LABELS, STATISTICS
 from fedloom.store import write
 
 FILE = "comparison.json"
@@ -34,12 +34,23 @@ def read(folder: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if absent := {"recipe", "rows", "seeds", "differences"} - content.keys():
             raise KeyError(*sorted(absent))
-    except (OSError, ValueError, KeyError, AttributeError) as e:
+        for place, own, kind in _typed(content):
+            if not isinstance(own, kind):
+                raise TypeError(f"{place} is {own!r}")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
         raise RunError(
             f"'{path}' is no whole comparison ({type(e).__name__}: {e}); remove it and compare its rows again with "
             "--resume: what was run is kept beside it."
         ) from None
     return content
+
+
+def _typed(content: Content) -> Iterator[tuple[str, Any, Any]]:
+    """What is read of a comparison before it is gone on with, and what each has to be."""
+    yield from (("rows", content["rows"], dict), ("seeds", content["seeds"], list))
+    yield from ((f"rows.{row}", own, dict) for row, own in content["rows"].items())
+    yield "tuning", content.get("tuning"), dict | None
+    yield "target", content.get("target"), int | float | str | None
 
 
 def write_comparison(folder: Path) -> None:
@@ -63,7 +74,6 @@ def compared_page(content: Content, name: str) -> str:
             rows=content["rows"],
             kinds=kinds,
             names=NAMES,
-            statistics=STATISTICS,
             blocks=[_block(content, figure) for figure in means(content)],
             traces={
                 (task, axis): [charts.traces(_lines(content, kinds, task, axis), width) for width in (720, 360)]
@@ -83,8 +93,9 @@ def compared_page(content: Content, name: str) -> str:
 
 
 def means(content: Content) -> list[str]:
-    """The figures that are means over sites, VIEW.TASK.mean, in the order of the views."""
-    names = dict.fromkeys(name for row in content["rows"].values() for name in row["summary"] if name.endswith(".mean"))
+    """The figures that are means over sites, VIEW.TASK.mean and .own_labels, in the order of the views."""
+    over = (".mean", f".{OWN_LABELS}")
+    names = dict.fromkeys(name for row in content["rows"].values() for name in row["summary"] if name.endswith(over))
     order = list(VIEWS)
     return sorted(names, key=lambda name: order.index(view) if (view := name.partition(".")[0]) in order else 99)
 
@@ -185,18 +196,23 @@ def _said(content: Content) -> Iterator[str]:
 
 def _block(content: Content, figure: str) -> dict[str, Any]:
     """A view and task: each row's statistics, and the matrix of paired differences."""
-    view, _, task = figure.removesuffix(".mean").partition(".")
+    view, _, rest = figure.partition(".")
+    task, _, over = rest.rpartition(".")  # a group of sites may have a dot in its name
+    known = over == OWN_LABELS
+    columns = {over: "mean"} if known else STATISTICS
     rows = {row: one["summary"] for row, one in content["rows"].items() if figure in one["summary"]}
     numbers = [x for own in rows.values() for x in (own[figure]["mean"], own[figure]["high"]) if x is not None]
     return {
         "view": view,
         "task": task,
-        "meaning": VIEWS.get(view, ""),
+        "known": known,
+        "meaning": f"{VIEWS.get(view, '')}{', of labels that it knows' if known else ''}",
+        "columns": list(columns.values()),
         "scale": charts.bars(numbers),
         "rows": {
             row: {
                 "own": own[figure],
-                "statistics": {key: own.get(f"{view}.{task}.{key}", {}).get("mean") for key in STATISTICS},
+                "statistics": {key: own.get(f"{view}.{task}.{key}", {}).get("mean") for key in columns},
                 "gain": difference(content, row, judge(content, row), figure),
             }
             for row, own in rows.items()

@@ -61,7 +61,7 @@ def page(summary: Summary, lines: Lines = (), local: Lines = (), recipe: str = "
             statistics=result.statistics(summary),
             unmeasured=result.unmeasured(summary),
             views=[
-                (view, meaning, result.statistics(summary, view), result.why_left_out(summary, view))
+                (view, meaning, result.means(summary, view), result.why_left_out(summary, view))
                 for view, meaning in VIEWS.items()
             ],
             curves=[_curves(summary, lines, local, width) for width in (720, 360)],

@@ -15,6 +15,8 @@ STATISTICS = {
     "worst": "worst",
     "worst_fifth": "worst fifth",
 }
+OWN_LABELS = "own_labels"  # the mean of the global view where each site is asked only about labels that it knows
+MEANS = {"mean": "mean", OWN_LABELS: "mean, own labels"}
 Summary = Mapping[str, Any]
 Interval = tuple[float, float]
 
@@ -90,10 +92,17 @@ def statistics(summary: Summary, view: str = "personal") -> dict[str, list[Row]]
     return {
         task: [
             Row(name, _number(values.get(key)), {r: _number(at(o, "by_task", task, key)) for r, o in others.items()})
-            for key, name in STATISTICS.items()
+            for key, name in {**STATISTICS, **MEANS}.items()
             if key in values
         ]
         for task, values in (own.get("by_task") or {}).items()
+    }
+
+
+def means(summary: Summary, view: str) -> dict[str, list[Row]]:
+    """By task: the mean over the sites, and where some do not know all labels, that of those which they know."""
+    return {
+        task: [row for row in rows if row.label in MEANS.values()] for task, rows in statistics(summary, view).items()
     }
 
 

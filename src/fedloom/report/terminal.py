@@ -1,6 +1,7 @@
 """The tables that the command line prints: at most 80 columns, plain text where there is no terminal."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
@@ -76,9 +77,10 @@ def table(summary: Summary) -> str:
             add(row if not several else Row(f"{row.label}, {task}", row.value, row.beside), gains=row.label != "std")
     grid.add_row()
     for view, label in VIEWS.items():
-        tasks = result.statistics(summary, view)
-        for task, (mean, *_) in tasks.items():
-            add(Row(label if len(tasks) == 1 else f"{label}, {task}", mean.value, mean.beside))
+        tasks = result.means(summary, view)
+        for task, (mean, *own) in tasks.items():
+            for row in (replace(mean, label=label), *own):
+                add(row if len(tasks) == 1 else replace(row, label=f"{row.label}, {task}"))
     title = f"{sentence(listed(metrics))} in percent, on each site's own test split" if rows else "No site was measured"
     return _text([Text(title, style="bold"), Text(), grid, Text(), *map(Text, _below(summary, rows))])
 
@@ -139,7 +141,7 @@ def advice_table(found: "Sequence[Advice]") -> str:
 
 def comparison_table(comparison: "Comparison") -> str:
     """Rows with their 95 % intervals over seeds, in points, and their paired differences; a view a block. Below it how
-    sites differ, what it cost, who would do better alone, and what is not there and why."""
+    sites differ, what it cost, who would do better alone, what is not there and why, and what was tuned."""
     content: Mapping[str, Any] = vars(comparison)
     lines = [f"{counted(len(comparison.seeds), 'seed')}; in points, with 95 % t intervals over seeds"]
     if any(one.get("p") is not None and one["n"] > 1 for one in compared.told(content)):
@@ -163,7 +165,18 @@ def comparison_table(comparison: "Comparison") -> str:
         lines.append(_text([Text(f"! better alone than under {row}: {'; '.join(sites)}", style=LOSS)]))
     for row, reasons in compared.missing(content).items():
         lines += [f"{row}, seed {seed}: {reason}" for reason, seeds in reasons.items() for seed in seeds]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_tuned(comparison.tuning)])
+
+
+def _tuned(tuning: Mapping[str, Any] | None) -> list[str]:
+    """The values that stand for each row, and of how many they were chosen."""
+    if tuning is None:
+        return []
+    said = [f"\nchosen on seeds {listed(map(str, tuning['seeds']))}, by the mean held-out metric:"]
+    for row, own in tuning["rows"].items():
+        values = ", ".join(f"{key} = {value}" for key, value in (own["choice"] or {}).items())
+        said.append(f"  {row:<24}{values or 'nothing'}, of {counted(own['points'], 'point')}")
+    return said
 
 
 def endpoints_table(endpoints: Sequence[Mapping[str, Any]]) -> str:
