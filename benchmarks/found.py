@@ -10,7 +10,8 @@
 
 A figure is a mean over seeds, in points; a difference is one over the seeds that both rows have, with half of its 95 %
 t interval. `pairs` is a table of each row minus the other, a line for each setting: of the setting's pages that have
-both the one with most seeds counts; where none has, two of its pages have, and a star says so. Bold leaves out zero.
+both at more than one seed that with most counts; where none has, two of its pages have, and a star says so. Bold leaves
+out zero.
 """
 
 import re
@@ -140,7 +141,8 @@ def pairs(named: str, contents: Contents) -> str:
 
 
 def paired(rows: str, kind: str, task: str, pages: Sequence[Mapping[str, Any]]) -> tuple[list[float], bool]:
-    """By seed, what a row is above another, and whether one page has both: that with most seeds, else two pages."""
+    """By seed, what a row is above another, and whether one page has both: that with most seeds, if more than one; else
+    two pages."""
     row, minus = rows.split(" - ")
     found = [
         (differences(scores(one["rows"][row], kind, task), scores(two["rows"][minus], kind, task)), one is two)
@@ -148,7 +150,7 @@ def paired(rows: str, kind: str, task: str, pages: Sequence[Mapping[str, Any]]) 
         for two in pages
         if row in one["rows"] and minus in two["rows"]
     ]
-    return max(found, key=lambda pair: (bool(pair[0]), pair[1], len(pair[0])), default=([], True))
+    return max(found, key=lambda pair: (min(len(pair[0]), 2), pair[1], len(pair[0])), default=([], True))
 
 
 def many(found: Sequence[Sequence[float]]) -> str:

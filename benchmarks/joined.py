@@ -7,8 +7,9 @@ from typing import Any
 from fedloom.outcomes import differences
 from fedloom.report.compared import told
 from fedloom.statistics import interval
+from fedloom.tuning import ROWS
 
-ROWS = re.compile(r"--(?:rows|methods) (\S+)")
+NAMED = re.compile(r"--(?:rows|methods) (\S+)")
 
 
 def joined(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -20,10 +21,12 @@ def joined(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     raises SystemExit: another recipe, plan or tuning; no cell in both; one whose scores are not the same
     """
     tunings = [one.get("tuning") or {} for one in (before, after)]
+    grids = [{key: own for key, own in t.get("grid", {}).items() if key != ROWS} for t in tunings]  # rows' own: below
     tried, chosen = ({row: (own["tried"], own["choice"]) for row, own in t.get("rows", {}).items()} for t in tunings)
     for name, own, its in [
         ("recipe", before.get("recipe"), after.get("recipe")),
-        *((f"tuning: {key}", *(tuning.get(key) for tuning in tunings)) for key in ("grid", "seeds")),
+        ("tuning: grid", *grids),
+        ("tuning: seeds", *(tuning.get("seeds") for tuning in tunings)),
         *((f"tuning of {row}", tried[row], chosen[row]) for row in tried.keys() & chosen.keys()),
         *((key, said, after["plan"][key]) for key, said in before["plan"].items()),
     ]:
@@ -59,7 +62,7 @@ def joined(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 
 def ran(content: dict[str, Any]) -> list[str]:
     """The rows that its command made: those that it names, else all; the others were added to."""
-    named = ROWS.search(content["command"])
+    named = NAMED.search(content["command"])
     asked = named[1].split(",") if named else content["rows"]
     return [row for row, own in content["rows"].items() if row in asked and own["cells"]]
 
