@@ -1,4 +1,4 @@
-"""A comparison that is published, with what was run later: rows and seeds added, rows that were wrong withdrawn."""
+"""A comparison that is published, with what was run later: rows and seeds added or run again, wrong ones withdrawn."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -16,7 +16,8 @@ def joined(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """A comparison with the rows and seeds that were published `before` it and that it has not itself.
 
     Of a row that both have, sites, curves and seconds are those of the one with more seeds, the later where they tie.
-    Gains of an earlier row over training alone stay what they were.
+    Gains of an earlier row over training alone stay what they were. Where the later has nothing that was not published,
+    nothing changes, but that it was run `again`.
 
     raises SystemExit: another recipe, plan or tuning; no cell in both; one whose scores are not the same
     """
@@ -45,6 +46,9 @@ def joined(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     for place, own, its in again:
         if own != its:
             raise SystemExit(f"{place}: it was {own}, and now {its}.")
+    if all(row in old and own["cells"].keys() <= old[row]["cells"].keys() for row, own in new.items()):
+        confirmed = {key: after[key] for key in ("command", "commit", "machine", "protocols")}
+        return before | {"again": [*before.get("again", ()), confirmed]}
     rows = old | new | {row: grown(old[row], new[row]) for row in old if row in new}
     earlier = {key: before[key] for key in ("command", "commit", "machine", "protocols")} | {"rows": ran(before)}
     earlier |= {"withdrawn": before["withdrawn"]} if before.get("withdrawn") else {}
@@ -56,6 +60,7 @@ def joined(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "differences": differences(rows),
         "earlier": [*before.get("earlier", ()), earlier],
+        **({"again": before["again"]} if "again" in before else {}),
     }
     return result | {"differences": told(result)}
 

@@ -10,7 +10,8 @@ its machine, and the hash of the protocol that it was run under: its own word, e
 its commit), if it is given a run, and from all that is there every page of docs/results: NAME.md, and README.md, which
 is benchmarks/found.md with its figures, every endpoint of the protocol, and the settings. With --add rows and seeds
 that were published before and are not in this run stay, if at least one cell of them was run again, and all that were
-came out the same to the bit; with --withdraw ROW,... those rows do not, as what made them was wrong.
+came out the same to the bit (a run of nothing else is only named); with --withdraw ROW,... those rows do not, as what
+made them was wrong.
 """
 
 import argparse
@@ -140,6 +141,7 @@ def compared_page(name: str, result: dict[str, Any]) -> str:
     return (
         f"# {name}\n\n"
         f"`{result['command']}`, {made(result)}; {numerics}. {''.join(map(earlier, result.get('earlier', ())))}"
+        f"{''.join(map(again, result.get('again', ())))}"
         f"Made from `benchmarks/results/{name}.json` by `benchmarks/publish.py`.\n\n"
         f"```text\n{comparison_table(comparison)}\n```\n{tuned(result.get('tuning'))}"
     )
@@ -152,6 +154,11 @@ def earlier(result: dict[str, Any]) -> str:
         f"Of `{result['command']}`, {made(result)}: {', '.join(result['rows'])}; what was run again of that came out "
         f"the same to the bit. {f'Its {wrong} were wrong (CHANGELOG.md), and were run anew. ' if wrong else ''}"
     )
+
+
+def again(result: dict[str, Any]) -> str:
+    """What is said of cells that were run again later, and added nothing."""
+    return f"Run again as `{result['command']}`, {made(result)}, it came out the same to the bit. "
 
 
 def made(result: dict[str, Any]) -> str:

@@ -391,6 +391,12 @@ def test_rows_and_seeds_are_added_to_a_page_whose_cells_come_out_the_same_again(
     assert "endpoints" not in page
     again = joined(page, published(local=[0.5, 0.25, 1.0, 0.25], scaffold=[0.25, 0.25]))
     assert [one["rows"] for one in again["earlier"]] == [["local", "fedavg"], ["local", "ditto"]]
+    confirmed = joined(page, published(local=[None, 0.25]) | {"commit": "d" * 40})  # nothing that was not there
+    assert {key: own for key, own in confirmed.items() if key != "again"} == page
+    assert [(one["command"], one["commit"]) for one in confirmed["again"]] == [("compare --methods local", "d" * 40)]
+    assert joined(confirmed, published(local=[0.5], feddat=[0.5]))["again"] == confirmed["again"]
+    told = publish.compared_page("x", confirmed | {"rows": {}, "differences": []})
+    assert "Run again as `compare --methods local`, commit dddddddddd, one, it came out the same to the bit." in told
     for other, why in [
         (published(local=[0.5, 0.26]), "local, seed 1, personal.accuracy.mean: it was 0.25, and now 0.26"),
         (published(local=[None, None, 0.5]), "No cell"),
