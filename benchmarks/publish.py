@@ -59,7 +59,8 @@ def main() -> None:
         result = published(arguments.run, arguments.command, arguments.commit)
         if arguments.add:
             before = json.loads((RESULTS / f"{arguments.name}.json").read_text())
-            result = joined(without(before, list(filter(None, arguments.withdraw.split(",")))), result)
+            wrong = list(filter(None, arguments.withdraw.split(",")))
+            result = joined(without(before, wrong) if wrong else before, result)
         (RESULTS / f"{arguments.name}.json").write_text(json.dumps(result, indent=1) + "\n")
         if arguments.picture:
             arguments.picture.write_text(picture(result["summary"]))
