@@ -14,7 +14,7 @@ SETTINGS := # of benchmarks/suite.toml; all where none is named
 
 help:
 	@echo "make demo       fine-tune a small CLIP across ten sites (in $(RUN)) and show what each gained"
-	@echo "make benchmark  the suite of comparisons (in $(SUITE)): about 40 hours of one core; goes on where it stopped"
+	@echo "make benchmark  the suite of comparisons (in $(SUITE)): about 44 hours of one core; goes on where it stopped"
 	@echo "make test       format, lint, types, layers and tests"
 	@echo "make fast       the tests but the slow ones: five minutes on two cores"
 	@echo "make docs       the documentation, in site/; a broken link is an error"
