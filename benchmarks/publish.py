@@ -231,8 +231,8 @@ def index() -> str:
         f"Where an interval holds zero and the margin, the protocol goes on from {FIRST} seeds by two, up to {LAST}; "
         "some went there at once, an endpoint that was decided goes on when another of the same rows does, and one "
         "that may yet go on is marked open. Of looking more than once the intervals know nothing: each look adds to "
-        "the 2.5 % of a false `yes` that one has. Splits are drawn by seed from one pool: seeds share some test examples, and some stood in a split of a "
-        "development seed, but none in its own seed's training.",
+        "the 2.5 % of a false `yes` that one has. Splits are drawn by seed from one pool: seeds share some test "
+        "examples, and some stood in a split of a development seed, but none in its own seed's training.",
         "",
         "The protocol has had several versions, as settings and endpoints were added, and rows were not run again for "
         "that: each page has the hashes of its own; single runs are under none. Of FedDAT and the baselines nothing "

@@ -74,8 +74,10 @@ def test_lora_is_hugging_face_peft_s(network: Network, batch: Batch) -> None:
     theirs_g = torch.autograd.grad(F.cross_entropy(logits, TARGETS), list(factors.values()))
     ours_g = gradients(ours, batch, adapter, tensors)
     for name, gradient in zip(factors, theirs_g, strict=True):
-        assert gradient.abs().max() > 0
-        torch.testing.assert_close(ours_g[name], gradient, rtol=1e-4, atol=1e-6)
+        largest = float(gradient.abs().max())
+        assert largest > 0
+        # Sums in another order: what is small beside the largest entry is off by as much as that one.
+        torch.testing.assert_close(ours_g[name], gradient, rtol=0, atol=1e-4 * largest)
 
 
 def _place(path: str) -> str:

@@ -282,8 +282,8 @@ def test_permuting_hidden_units_changes_nothing(adaptable: Adaptable, batch: Bat
         axes = Bottleneck.symmetry.get(name.rpartition("/")[2], ())
         permuted[name] = tensor.index_select(axes.index("hidden"), order) if axes else tensor
     found = adaptable(batch, Bottleneck(6), permuted)
-    assert_close(found.pooled, pooled, atol=2e-6, rtol=1e-6)
-    assert_close(found.scores, scores, atol=1e-5, rtol=1e-6)
+    assert_close(found.pooled, pooled, atol=1e-5, rtol=1e-5)
+    assert_close(found.scores, scores, atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
